@@ -1,0 +1,265 @@
+//! The catalog of a site: one SQLite file in which everything that must change together changes
+//! together.
+//!
+//! * WAL and `synchronous=FULL`: a change is on the disk before its caller hears of it.
+//! * One writer thread; changes that wait at the same time share one commit (and one fsync), each in
+//!   a savepoint of its own, so that one that fails takes nothing with it.
+//! * Each crate brings its own tables as numbered migrations under its own name.
+//!
+//! What it does not do: know what is in the tables. The log files hold the data; the catalog can be
+//! rebuilt from them.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, mpsc};
+
+pub use rusqlite::{self, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OpenFlags};
+
+/// What can go wrong with the catalog.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// SQLite said no.
+    #[error("the catalog {path}: {source}")]
+    Sqlite {
+        /// The catalog's file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// The catalog was written by a newer Afterimage.
+    #[error(
+        "the catalog {path} was written by a newer Afterimage (tables of '{owner}' have version {found}, this program knows {known}); install that version"
+    )]
+    Newer {
+        /// The catalog's file.
+        path: PathBuf,
+        /// Whose tables.
+        owner: &'static str,
+        /// The version in the file.
+        found: usize,
+        /// The newest version known here.
+        known: usize,
+    },
+    /// The writer thread is gone.
+    #[error("the catalog {0} is closed")]
+    Closed(PathBuf),
+}
+
+impl Error {
+    /// Whether the disk that holds the catalog is full.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Self::Sqlite { source: rusqlite::Error::SqliteFailure(error, _), .. }
+            if error.code == rusqlite::ErrorCode::DiskFull)
+    }
+}
+
+type Change = Box<dyn FnOnce(&Transaction<'_>) -> Box<dyn FnOnce(Result<(), rusqlite::Error>) + Send> + Send>;
+
+/// At most this many changes share one commit; bounds how long the first of them waits.
+const GROUP_MAX: usize = 256;
+
+/// A handle on the catalog; clones share the writer.
+#[derive(Clone)]
+pub struct Catalog {
+    path: Arc<PathBuf>,
+    writer: mpsc::Sender<Change>,
+    reader: Arc<Mutex<Connection>>,
+}
+
+impl Catalog {
+    /// Opens the catalog at `path`, making it if it is not there, and starts its writer.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref().to_path_buf();
+        let opened = connect(&path, OpenFlags::default()).and_then(|writer| {
+            let reader = connect(&path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+            reader.pragma_update(None, "query_only", true)?;
+            Ok((writer, reader))
+        });
+        let (mut connection, reader) =
+            opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
+        let (writer, changes) = mpsc::channel();
+        let shown = path.clone();
+        std::thread::Builder::new()
+            .name("catalog".into())
+            .spawn(move || write_loop(&mut connection, &changes, &shown))
+            .expect("a thread can be started");
+        Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)) })
+    }
+
+    /// Brings `owner`'s tables to the newest of `migrations` (each one or more SQL statements).
+    pub fn migrate(&self, owner: &'static str, migrations: &'static [&'static str]) -> Result<(), Error> {
+        let path = self.path.to_path_buf();
+        let version = self.write(move |tx| {
+            tx.execute_batch("CREATE TABLE IF NOT EXISTS migrations (owner TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT")?;
+            let version: usize = tx
+                .query_row("SELECT version FROM migrations WHERE owner = ?1", [owner], |row| row.get(0))
+                .optional()?
+                .unwrap_or(0);
+            if version < migrations.len() {
+                for migration in &migrations[version..] {
+                    tx.execute_batch(migration)?;
+                }
+                tx.execute("INSERT OR REPLACE INTO migrations VALUES (?1, ?2)", params![owner, migrations.len()])?;
+            }
+            Ok(version)
+        })?;
+        if version > migrations.len() {
+            return Err(Error::Newer { path, owner, found: version, known: migrations.len() });
+        }
+        Ok(())
+    }
+
+    /// Makes a change and returns when it is on the disk; all of it is, or nothing. Blocks: call it
+    /// from a thread that may, or use [`Catalog::change`].
+    pub fn write<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        self.send(change, move |result| drop(answer.send(result)))?;
+        answered.recv().map_err(|_| self.closed())?.map_err(|source| self.error(source))
+    }
+
+    /// The same for an async caller.
+    pub async fn change<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        self.send(change, move |result| drop(answer.send(result)))?;
+        answered.await.map_err(|_| self.closed())?.map_err(|source| self.error(source))
+    }
+
+    /// Reads what has been committed. Short: small tables, from memory.
+    pub fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Error> {
+        let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        query(&reader).map_err(|source| self.error(source))
+    }
+
+    fn send<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+        answer: impl FnOnce(rusqlite::Result<T>) + Send + 'static,
+    ) -> Result<(), Error> {
+        let job: Change = Box::new(move |tx| {
+            let result = in_savepoint(tx, change);
+            // A change that was made is not done before the group's commit is.
+            Box::new(move |committed| answer(committed.and(result)))
+        });
+        self.writer.send(job).map_err(|_| self.closed())
+    }
+
+    fn error(&self, source: rusqlite::Error) -> Error {
+        Error::Sqlite { path: self.path.to_path_buf(), source }
+    }
+
+    fn closed(&self) -> Error {
+        Error::Closed(self.path.to_path_buf())
+    }
+}
+
+fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(std::time::Duration::from_secs(10))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    Ok(connection)
+}
+
+fn in_savepoint<T>(
+    tx: &Transaction<'_>,
+    change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    tx.execute_batch("SAVEPOINT change")?;
+    let result = change(tx);
+    let end = if result.is_ok() { "RELEASE change" } else { "ROLLBACK TO change; RELEASE change" };
+    tx.execute_batch(end)?;
+    result
+}
+
+fn write_loop(connection: &mut Connection, changes: &mpsc::Receiver<Change>, path: &Path) {
+    while let Ok(first) = changes.recv() {
+        let group: Vec<Change> =
+            std::iter::once(first).chain(changes.try_iter().take(GROUP_MAX - 1)).collect();
+        let mut answers = Vec::with_capacity(group.len());
+        let committed = connection.transaction().and_then(|tx| {
+            answers.extend(group.into_iter().map(|change| change(&tx)));
+            tx.commit()
+        });
+        if let Err(error) = &committed {
+            tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");
+        }
+        let failure = committed.err().map(|error| error.to_string());
+        let code = failure.as_ref().map(|text| {
+            let full = text.contains("full");
+            if full { rusqlite::ffi::SQLITE_FULL } else { rusqlite::ffi::SQLITE_IOERR }
+        });
+        for answer in answers {
+            answer(match (&failure, code) {
+                (Some(text), Some(code)) => {
+                    Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), Some(text.clone())))
+                }
+                _ => Ok(()),
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLES: &[&str] = &["CREATE TABLE t (n INTEGER PRIMARY KEY) STRICT"];
+
+    fn catalog() -> (tempfile::TempDir, Catalog) {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(dir.path().join("catalog.sqlite")).unwrap();
+        catalog.migrate("test", TABLES).unwrap();
+        (dir, catalog)
+    }
+
+    fn count(catalog: &Catalog) -> usize {
+        catalog.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).unwrap()
+    }
+
+    #[test]
+    fn a_change_that_fails_takes_nothing_with_it() {
+        let (_dir, catalog) = catalog();
+        catalog.write(|tx| tx.execute("INSERT INTO t VALUES (1)", [])).unwrap();
+        let failed = catalog.write(|tx| {
+            tx.execute("INSERT INTO t VALUES (2)", [])?;
+            tx.execute("INSERT INTO t VALUES (1)", [])
+        });
+        assert!(failed.is_err());
+        assert_eq!(count(&catalog), 1);
+    }
+
+    #[test]
+    fn many_writers_at_once_are_all_kept() {
+        let (dir, catalog) = catalog();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let catalog = catalog.clone();
+                scope.spawn(move || {
+                    for n in 0..50 {
+                        catalog
+                            .write(move |tx| tx.execute("INSERT INTO t VALUES (?1)", [thread * 50 + n]))
+                            .unwrap();
+                    }
+                });
+            }
+        });
+        drop(catalog);
+        assert_eq!(count(&Catalog::open(dir.path().join("catalog.sqlite")).unwrap()), 400);
+    }
+
+    #[test]
+    fn a_catalog_of_a_newer_program_is_refused() {
+        let (_dir, catalog) = catalog();
+        catalog.write(|tx| tx.execute("UPDATE migrations SET version = 9", [])).unwrap();
+        let error = catalog.migrate("test", TABLES).unwrap_err().to_string();
+        assert!(error.contains("newer Afterimage"), "{error}");
+    }
+}

@@ -1,0 +1,1 @@
+//! Which bytes a recovery point has: extent index, what to apply, compact and drop; pure

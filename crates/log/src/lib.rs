@@ -1,0 +1,5 @@
+//! The log format: encode, decode, verify.
+
+mod types;
+
+pub use types::{DiskInfo, Encoding, Extent, Footer, Header, Index, RecordEntry};

@@ -1,0 +1,139 @@
+//! Where a relationship stands. Both sides keep a [`Phase`]; the replica derives its own from the
+//! logs it receives, so that a lost catalog can be rebuilt from them.
+//!
+//! ```text
+//!                    partial logs              last one: a point
+//!  protect ──▶ InitialReplication ──────────────────▶ Replicating ◀──────────────┐
+//!                    │                                   │                       │ last log: a point
+//!                    │ bitmap lost, chain broken,        │                       │
+//!                    ▼ disk resized, ...                 ▼                       │
+//!               ResyncRequired ◀───────────────── (any of these)         Resynchronizing
+//!                    └──────────── first partial log of the compare ─────────────▶┘
+//!
+//!  Replicating / ResyncRequired / Resynchronizing ──failover──▶ Failover ──cancel──▶ back
+//! ```
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{LogNumber, Timestamp};
+
+/// How much of a pass over all disks is done, in bytes of disk (not of network).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// Bytes of disk covered so far, over all disks in their order.
+    pub covered_bytes: u64,
+    /// Bytes of all disks.
+    pub total_bytes: u64,
+}
+
+/// Why a relationship must compare its two sides before it goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reason", content = "detail")]
+pub enum ResyncReason {
+    /// QEMU no longer has the dirty bitmap: it was restarted, or the disk was replaced.
+    BitmapLost(String),
+    /// QEMU marks the bitmap inconsistent.
+    BitmapInconsistent(String),
+    /// A disk has another size than before.
+    DiskResized(String),
+    /// A disk was added, removed or renamed.
+    DisksChanged(String),
+    /// The replica's last log is not one that this primary has shipped.
+    ChainBroken(String),
+    /// A person asked for it.
+    Requested,
+}
+
+impl fmt::Display for ResyncReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BitmapLost(what) => write!(f, "QEMU has lost the dirty bitmap ({what})"),
+            Self::BitmapInconsistent(what) => write!(f, "the dirty bitmap is inconsistent ({what})"),
+            Self::DiskResized(what) => write!(f, "a disk was resized ({what})"),
+            Self::DisksChanged(what) => write!(f, "the set of disks has changed ({what})"),
+            Self::ChainBroken(what) => write!(f, "the replica's chain does not continue ours ({what})"),
+            Self::Requested => f.write_str("it was asked for"),
+        }
+    }
+}
+
+/// Where a relationship stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "phase")]
+pub enum Phase {
+    /// Everything allocated is being sent for the first time.
+    InitialReplication {
+        /// How far it is.
+        progress: Progress,
+    },
+    /// Changes are sent cycle by cycle.
+    Replicating,
+    /// Both sides must be compared before cycles can go on.
+    ResyncRequired {
+        /// What happened.
+        why: ResyncReason,
+    },
+    /// Both sides are being compared; only differing blocks travel.
+    Resynchronizing {
+        /// How far it is.
+        progress: Progress,
+    },
+    /// The replica is being, or has been, started in place of the primary; logs are refused.
+    Failover {
+        /// The point that it was failed over to.
+        point: LogNumber,
+    },
+}
+
+impl Phase {
+    /// The phase's name as commands show it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::InitialReplication { .. } => "initial-replication",
+            Self::Replicating => "replicating",
+            Self::ResyncRequired { .. } => "resynchronization-required",
+            Self::Resynchronizing { .. } => "resynchronizing",
+            Self::Failover { .. } => "failover",
+        }
+    }
+}
+
+/// What a log was made for; the replica learns its phase from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// A part of the initial replication.
+    Initial,
+    /// The changes of one cycle.
+    Changes,
+    /// A part of a resynchronization.
+    Resync,
+}
+
+/// What the last apply on a replica came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "apply")]
+pub enum ApplyState {
+    /// None runs, the last one ended well.
+    Idle,
+    /// One runs.
+    Running {
+        /// Since when.
+        since: Timestamp,
+    },
+    /// One was cut off (a kill, a crash, a cancellation) and has not been run again to its end.
+    Interrupted {
+        /// Since when it is known.
+        since: Timestamp,
+    },
+    /// The last one failed.
+    Failed {
+        /// Since when.
+        since: Timestamp,
+        /// What went wrong, with the file.
+        error: String,
+    },
+}

@@ -1,0 +1,180 @@
+//! When a refused backup is tried again. The attempts are persisted by the caller; this decides.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Timestamp;
+use crate::gate::{Condition, Refusal};
+
+/// How a backup that is refused comes home.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetryPolicy {
+    /// The bound of the first delay.
+    pub first_delay: Duration,
+    /// Each bound is this many times the one before.
+    pub factor: u32,
+    /// No bound is longer than this.
+    pub delay_max: Duration,
+    /// No more attempts than this, the first one counted.
+    pub attempts_max: u32,
+    /// After this many collisions with an apply in a row, the job asks for a barrier.
+    pub barrier_after: u32,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            first_delay: Duration::from_secs(2),
+            factor: 2,
+            delay_max: Duration::from_secs(15 * 60),
+            attempts_max: 16,
+            barrier_after: 3,
+        }
+    }
+}
+
+/// One attempt that was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// When.
+    pub at: Timestamp,
+    /// By which condition.
+    pub refused: Condition,
+}
+
+/// What to do after a refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RetryDecision {
+    /// Try again then; with the barrier, the running apply ends first and no further one starts.
+    Again {
+        /// When.
+        at: Timestamp,
+        /// Ask for the barrier.
+        barrier: bool,
+    },
+    /// No further attempt.
+    GiveUp(GiveUp),
+}
+
+/// Why no further attempt is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GiveUp {
+    /// All attempts are used.
+    Attempts,
+    /// The window has ended, or would before the next attempt.
+    Deadline,
+}
+
+impl RetryPolicy {
+    /// Decides after the refused attempts so far (at least one; the last is this `refusal`'s).
+    ///
+    /// `chance` is uniform in 0..1: exponential backoff with full jitter, so that a thousand VMs
+    /// refused at one moment do not come back at one moment. A delay is never shorter than a tenth
+    /// of its bound, or chance could burn all attempts within one apply.
+    #[must_use]
+    pub fn decide(
+        &self,
+        refused: &[Attempt],
+        refusal: &Refusal,
+        deadline: Option<Timestamp>,
+        now: Timestamp,
+        chance: f64,
+    ) -> RetryDecision {
+        let attempts = u32::try_from(refused.len()).unwrap_or(u32::MAX);
+        if attempts >= self.attempts_max {
+            return RetryDecision::GiveUp(GiveUp::Attempts);
+        }
+        let collisions =
+            refused.iter().rev().take_while(|attempt| attempt.refused == Condition::ApplyInProgress).count();
+        let barrier = refusal.condition == Condition::ApplyInProgress
+            && u32::try_from(collisions).unwrap_or(u32::MAX) >= self.barrier_after;
+        let at = if barrier { now } else { now.plus(self.delay(attempts, refusal, chance)) };
+        if deadline.is_some_and(|deadline| at > deadline) {
+            return RetryDecision::GiveUp(GiveUp::Deadline);
+        }
+        RetryDecision::Again { at, barrier }
+    }
+
+    fn delay(&self, attempts: u32, refusal: &Refusal, chance: f64) -> Duration {
+        let growth = self.factor.checked_pow(attempts.saturating_sub(1)).unwrap_or(u32::MAX);
+        let bound = self.first_delay.saturating_mul(growth);
+        // A resynchronization takes longer than an apply: the condition's own hint is the least bound.
+        let hint = if refusal.condition == Condition::ApplyInProgress {
+            Duration::ZERO
+        } else {
+            refusal.retry_after
+        };
+        bound.max(hint).min(self.delay_max).mul_f64(chance.clamp(0.1, 1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn refusal(condition: Condition) -> Refusal {
+        Refusal {
+            condition,
+            transient: true,
+            since: Timestamp(0),
+            retry_after: condition.retry_after(),
+            message: String::new(),
+        }
+    }
+
+    fn attempts(n: usize, refused: Condition) -> Vec<Attempt> {
+        vec![Attempt { at: Timestamp(0), refused }; n]
+    }
+
+    #[test]
+    fn after_a_few_collisions_the_barrier_is_asked_for_at_once() {
+        let policy = RetryPolicy::default();
+        let decide = |n| {
+            policy.decide(
+                &attempts(n, Condition::ApplyInProgress),
+                &refusal(Condition::ApplyInProgress),
+                None,
+                Timestamp(0),
+                1.0,
+            )
+        };
+        assert_eq!(decide(1), RetryDecision::Again { at: Timestamp(2_000_000), barrier: false });
+        assert_eq!(decide(2), RetryDecision::Again { at: Timestamp(4_000_000), barrier: false });
+        assert_eq!(decide(3), RetryDecision::Again { at: Timestamp(0), barrier: true });
+    }
+
+    #[test]
+    fn the_window_ends_the_attempts() {
+        let policy = RetryPolicy::default();
+        let refused = attempts(1, Condition::Resync);
+        let decide = |deadline| {
+            policy.decide(&refused, &refusal(Condition::Resync), Some(deadline), Timestamp(0), 1.0)
+        };
+        assert_eq!(decide(Timestamp(59_999_999)), RetryDecision::GiveUp(GiveUp::Deadline));
+        assert_eq!(
+            decide(Timestamp(60_000_000)),
+            RetryDecision::Again { at: Timestamp(60_000_000), barrier: false }
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn retries_end_and_no_delay_exceeds_its_bound(n in 1_usize..40, which in 0_usize..8, chance in 0.0_f64..1.0) {
+            let policy = RetryPolicy::default();
+            let condition = Condition::ALL[which];
+            match policy.decide(&attempts(n, condition), &refusal(condition), None, Timestamp(0), chance) {
+                RetryDecision::Again { at, .. } => {
+                    prop_assert!(n < 16);
+                    prop_assert!(at.since(Timestamp(0)) <= policy.delay_max);
+                }
+                RetryDecision::GiveUp(why) => {
+                    prop_assert!(n >= 16);
+                    prop_assert_eq!(why, GiveUp::Attempts);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The NBD protocol: a pure codec, a client and a server

@@ -1,0 +1,1 @@
+//! Runs cycles: capture, encode, ship

@@ -1,0 +1,1 @@
+//! QMP client, dirty bitmaps and fleecing, guest agent

@@ -1,0 +1,1 @@
+//! The store of chains: receive, apply, compact, pin, hold

@@ -1,0 +1,1 @@
+//! Backups in restic format, on rustic_core

@@ -1,0 +1,1 @@
+//! One running site: catalog, scheduler, jobs, API

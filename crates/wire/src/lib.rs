@@ -1,0 +1,1 @@
+//! Sites talking: HTTPS with client certificates, invites, resumable uploads
