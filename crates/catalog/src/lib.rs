@@ -191,20 +191,17 @@ fn write_loop(connection: &mut Connection, changes: &mpsc::Receiver<Change>, pat
         if let Err(error) = &committed {
             tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");
         }
-        let failure = committed.err().map(|error| error.to_string());
-        let code = failure.as_ref().map(|text| {
-            let full = text.contains("full");
-            if full { rusqlite::ffi::SQLITE_FULL } else { rusqlite::ffi::SQLITE_IOERR }
-        });
         for answer in answers {
-            answer(match (&failure, code) {
-                (Some(text), Some(code)) => {
-                    Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), Some(text.clone())))
-                }
-                _ => Ok(()),
-            });
+            answer(committed.as_ref().copied().map_err(again));
         }
     }
+}
+
+/// The failure of a commit, for each of the changes that shared it.
+fn again(error: &rusqlite::Error) -> rusqlite::Error {
+    let code =
+        error.sqlite_error().copied().unwrap_or(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR));
+    rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
 }
 
 #[cfg(test)]
