@@ -14,6 +14,7 @@
 
 mod backoff;
 mod consistency;
+mod cycle;
 pub mod gate;
 mod health;
 mod ids;
@@ -23,6 +24,7 @@ mod time;
 
 pub use backoff::CycleBackoff;
 pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, choose_point};
+pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
 pub use health::{Assessment, Health, HealthInput, HealthThresholds, assess};
 pub use ids::{DiskName, IdError, LogId, LogNumber, NameError, VmId, VmName};
 pub use phase::{ApplyState, Phase, Progress, Purpose, ResyncReason};
