@@ -1,0 +1,42 @@
+# Two doors: `make demo` shows what Afterimage does, `make test` checks it. Both install what is
+# missing on a Debian 12 machine first (as root, or through sudo).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: demo test check soak bench setup setup-bench build install
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+
+demo: setup build
+	./target/release/afterimage demo $(DEMO)
+
+test: setup
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --workspace --no-fail-fast
+
+# What a change must pass before it is proposed: form, lints, licences and advisories, docs.
+check: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
+	./scripts/setup cargo-deny
+	$(CARGO) deny --locked check licenses bans sources advisories
+
+# The long tests: hours of random histories, kills and link cuts.
+soak: setup
+	AFTERIMAGE_SOAK=1 $(CARGO) test --locked --workspace --release --no-fail-fast -- --include-ignored --nocapture
+
+bench: setup-bench build
+	$(CARGO) run --locked --release -p afterimage-bench -- $(BENCH)
+
+build:
+	$(CARGO) build --locked --release --bin afterimage
+
+install: build
+	install -D -m 755 target/release/afterimage $(DESTDIR)$(PREFIX)/bin/afterimage
+
+setup:
+	@./scripts/setup base
+
+setup-bench:
+	@./scripts/setup base bench
