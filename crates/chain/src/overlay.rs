@@ -3,7 +3,8 @@
 //! Logs come in any order and one at a time, so that only one index need be in memory. Each becomes a
 //! sorted run per disk; runs of like size are merged as they come, as in a log-structured tree, so n
 //! pieces of any number of logs cost O(n log n) steps. What stays is one sorted run per disk: 24 bytes
-//! per piece, found by binary search.
+//! per piece, found by binary search. A million random 4 KiB extents in 2500 logs take about 0.2 s
+//! (`tests/figures.rs`).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
