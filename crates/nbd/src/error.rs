@@ -69,6 +69,16 @@ pub enum ErrorKind {
         /// The export's size.
         size_bytes: u64,
     },
+    /// The caller asks for more at once than the protocol can carry.
+    #[error("{what} of {len} bytes is more than the {max} that one request can carry")]
+    TooLong {
+        /// Of what.
+        what: &'static str,
+        /// How long.
+        len: u64,
+        /// The limit.
+        max: u64,
+    },
     /// A write to a read-only export.
     #[error("the export is read-only")]
     ReadOnly,

@@ -164,8 +164,7 @@ impl Client {
     pub async fn read(&self, offset: u64, len: u64) -> Result<Bytes> {
         if len > u64::from(PAYLOAD_BYTES_MAX) {
             let (what, max) = ("a read", PAYLOAD_BYTES_MAX.into());
-            let kind = ErrorKind::Protocol(DecodeError::TooLong { what, len, max });
-            return Err(self.error(kind, "read", Some(offset)));
+            return Err(self.error(ErrorKind::TooLong { what, len, max }, "read", Some(offset)));
         }
         if len <= self.inner.payload_bytes_max.into() {
             return self.read_one(offset, len).await.map(Bytes::from);

@@ -5,6 +5,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::codec::{
     BlockSizes, DecodeError, ExportFlags, Greeting, Info, ListedExport, MetaContext, MetaRequest,
     NAME_BYTES_MAX, OpenRequest, OptionCode, OptionHeader, OptionReplyHeader, ReplyCode, handshake_flags,
+    info_code,
 };
 use crate::error::{Cause, ErrorKind};
 
@@ -30,37 +31,61 @@ where
     for name in contexts.iter().chain([&export]) {
         if name.len() > NAME_BYTES_MAX {
             let (len, max) = (name.len() as u64, NAME_BYTES_MAX as u64);
-            return Err(DecodeError::TooLong { what: "a name", len, max }.into());
+            return Err(ErrorKind::TooLong { what: "a name", len, max }.into());
         }
     }
     greet(stream).await?;
     let structured = ask(stream, OptionCode::STRUCTURED_REPLY, &[], |_, _| Ok(())).await?.is_ok();
+    // Asked for here alone: a client that asks when it opens the export promises to align every request,
+    // while one that does not may read any bytes. The longest payload holds either way.
+    let before = describe(stream, OptionCode::INFO, export, &[info_code::BLOCK_SIZE]).await?;
     let contexts = if structured && !contexts.is_empty() {
         choose_contexts(stream, export, contexts).await?
     } else {
         Vec::new()
     };
-    let (mut size, mut block_sizes) = (None, None);
-    // Block sizes are not asked for: the server must then serve any offset and length. Many tell anyway.
-    let request = OpenRequest { export: export.to_owned(), infos: Vec::new() };
-    let opened = ask(stream, OptionCode::GO, &request.encode(), |reply, data| {
+    let described = describe(stream, OptionCode::GO, export, &[]).await?;
+    let told = described.map_err(|refusal| refusal.cause("opening an export by name"))?;
+    let (size_bytes, flags) =
+        told.size.ok_or(DecodeError::Invalid("the export was opened without a word about its size"))?;
+    if size_bytes > i64::MAX as u64 {
+        return Err(DecodeError::Invalid("the export's size is past what a disk can have").into());
+    }
+    let block_sizes = told.block_sizes.or(before.ok().and_then(|before| before.block_sizes));
+    Ok(Agreed { size_bytes, flags, block_sizes, structured, contexts })
+}
+
+/// What a server tells of an export.
+#[derive(Default)]
+struct Told {
+    size: Option<(u64, ExportFlags)>,
+    block_sizes: Option<BlockSizes>,
+}
+
+/// Asks about an export, or opens it, as the option says.
+async fn describe<S>(
+    stream: &mut S,
+    option: OptionCode,
+    export: &str,
+    infos: &[u16],
+) -> Result<Result<Told, Refusal>, Cause>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut told = Told::default();
+    let request = OpenRequest { export: export.to_owned(), infos: infos.to_vec() };
+    let answer = ask(stream, option, &request.encode(), |reply, data| {
         if reply == ReplyCode::INFO {
             match Info::decode(data)? {
-                Info::Export { size_bytes, flags } => size = Some((size_bytes, flags)),
-                Info::BlockSize(sizes) => block_sizes = Some(sizes),
+                Info::Export { size_bytes, flags } => told.size = Some((size_bytes, flags)),
+                Info::BlockSize(sizes) => told.block_sizes = Some(sizes),
                 Info::Other(_) => {}
             }
         }
         Ok(())
     })
     .await?;
-    opened.map_err(|refusal| refusal.cause("opening an export by name"))?;
-    let (size_bytes, flags) =
-        size.ok_or(DecodeError::Invalid("the export was opened without a word about its size"))?;
-    if size_bytes > i64::MAX as u64 {
-        return Err(DecodeError::Invalid("the export's size is past what a disk can have").into());
-    }
-    Ok(Agreed { size_bytes, flags, block_sizes, structured, contexts })
+    Ok(answer.map(|()| told))
 }
 
 /// Asks for the names of the server's exports.
