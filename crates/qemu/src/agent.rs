@@ -1,0 +1,189 @@
+//! The guest agent: asks the guest to bring its file systems to rest, and to wake them again.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+
+use crate::lines::Lines;
+
+/// The longest answer that is taken from a guest, in bytes. A guest is not trusted with our memory.
+const LINE_BYTES_MAX: usize = 64 << 10;
+/// How long the agent may take to answer at all.
+const SYNC_TIME: Duration = Duration::from_secs(5);
+/// How long a question about the state may take.
+const STATUS_TIME: Duration = Duration::from_secs(5);
+/// How long one attempt to thaw may take.
+const THAW_TIME: Duration = Duration::from_secs(10);
+/// What the agent drops everything before, and begins its answer with.
+const DELIMITER: u8 = 0xff;
+
+/// Why the guest could not be brought to rest.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// There is no socket, or nobody listens.
+    #[error("cannot connect to the guest agent's socket {}: {source}", .socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The agent does not answer.
+    #[error("the guest agent has not answered {command} within {} s: is qemu-guest-agent running in the guest, and its socket not in use by another program?", .after.as_secs())]
+    NoAnswer {
+        /// What it was asked.
+        command: &'static str,
+        /// How long we waited.
+        after: Duration,
+    },
+    /// The connection to the agent broke.
+    #[error("the connection to the guest agent broke at {command}: {why}")]
+    Broken {
+        /// What it was asked.
+        command: &'static str,
+        /// How.
+        why: String,
+    },
+    /// The agent refused.
+    #[error("the guest agent refused {command}: {desc}")]
+    Refused {
+        /// What it was asked.
+        command: &'static str,
+        /// Its words.
+        desc: String,
+    },
+    /// The guest has no file system that can be frozen.
+    #[error("the guest has frozen no file system")]
+    NothingFrozen,
+    /// The guest woke up by itself before the moment was fixed (Windows does after 10 s).
+    #[error("the guest had thawed by itself before the moment was fixed")]
+    ThawedEarly,
+    /// Fixing the moment took longer than a guest may be kept frozen.
+    #[error("the moment was not fixed within {} s, so the guest was thawed before", .0.as_secs_f32())]
+    HeldTooLong(Duration),
+}
+
+/// A connection to a guest's agent.
+#[derive(Debug)]
+pub struct GuestAgent {
+    socket: PathBuf,
+    lines: Lines<OwnedReadHalf>,
+    write: OwnedWriteHalf,
+    /// An answer may still come that nobody waits for.
+    out_of_step: bool,
+}
+
+impl GuestAgent {
+    /// Connects, and makes sure that the agent answers us and not somebody before us.
+    pub async fn connect(socket: &Path) -> Result<Self, AgentError> {
+        let stream = timeout(SYNC_TIME, UnixStream::connect(socket))
+            .await
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+            .map_err(|source| AgentError::Connect { socket: socket.to_owned(), source })?;
+        let (read, write) = stream.into_split();
+        let lines = Lines::with_max(read, LINE_BYTES_MAX);
+        let mut agent = Self { socket: socket.to_owned(), lines, write, out_of_step: true };
+        agent.sync().await?;
+        Ok(agent)
+    }
+
+    /// The agent's socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Brings all file systems to rest; gives how many.
+    pub async fn freeze(&mut self, limit: Duration) -> Result<u64, AgentError> {
+        self.count("guest-fsfreeze-freeze", limit).await
+    }
+
+    /// Wakes the file systems; gives how many had been at rest.
+    pub async fn thaw(&mut self) -> Result<u64, AgentError> {
+        self.count("guest-fsfreeze-thaw", THAW_TIME).await
+    }
+
+    /// Whether the file systems are at rest.
+    pub async fn is_frozen(&mut self) -> Result<bool, AgentError> {
+        Ok(self.call("guest-fsfreeze-status", STATUS_TIME).await? == "frozen")
+    }
+
+    async fn count(&mut self, command: &'static str, limit: Duration) -> Result<u64, AgentError> {
+        let answer = self.call(command, limit).await?;
+        answer.as_u64().ok_or_else(|| AgentError::Broken { command, why: format!("{answer} is not a count") })
+    }
+
+    async fn call(&mut self, command: &'static str, limit: Duration) -> Result<Value, AgentError> {
+        if self.out_of_step {
+            self.sync().await?;
+        }
+        // Until its answer is here, the next one may be this one's.
+        self.out_of_step = true;
+        let answer = timeout(limit, async {
+            self.send(command, json!({ "execute": command })).await?;
+            let line = self.line(command).await?;
+            serde_json::from_slice::<Value>(&line)
+                .map_err(|error| AgentError::Broken { command, why: error.to_string() })
+        });
+        let answer = answer.await.map_err(|_| AgentError::NoAnswer { command, after: limit })??;
+        self.out_of_step = false;
+        if let Some(error) = answer.get("error") {
+            let desc = error["desc"].as_str().unwrap_or("it gave no reason").chars().take(500).collect();
+            return Err(AgentError::Refused { command, desc });
+        }
+        Ok(answer["return"].clone())
+    }
+
+    async fn sync(&mut self) -> Result<(), AgentError> {
+        const COMMAND: &str = "guest-sync-delimited";
+        // An id that no client before us has used; a number that JSON carries exactly.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let id = u64::try_from(now.as_nanos()).unwrap_or_default() & ((1 << 52) - 1);
+        let synced = timeout(SYNC_TIME, async {
+            self.write.write_all(&[DELIMITER]).await.map_err(|error| broken(COMMAND, &error))?;
+            self.send(COMMAND, json!({"execute": COMMAND, "arguments": {"id": id}})).await?;
+            loop {
+                let line = self.line(COMMAND).await?;
+                let answer = line.rsplit(|&byte| byte == DELIMITER).next().unwrap_or_default();
+                let answer = serde_json::from_slice::<Value>(answer).unwrap_or_default();
+                if line.contains(&DELIMITER) && answer["return"] == id {
+                    return Ok(());
+                }
+            }
+        });
+        synced.await.map_err(|_| AgentError::NoAnswer { command: COMMAND, after: SYNC_TIME })??;
+        self.out_of_step = false;
+        Ok(())
+    }
+
+    async fn send(&mut self, command: &'static str, message: Value) -> Result<(), AgentError> {
+        let line = format!("{message}\n");
+        self.write.write_all(line.as_bytes()).await.map_err(|error| broken(command, &error))
+    }
+
+    async fn line(&mut self, command: &'static str) -> Result<Vec<u8>, AgentError> {
+        let line = self.lines.next().await.map_err(|error| broken(command, &error))?;
+        line.ok_or_else(|| AgentError::Broken { command, why: "it was closed".into() })
+    }
+}
+
+fn broken(command: &'static str, error: &std::io::Error) -> AgentError {
+    AgentError::Broken { command, why: error.to_string() }
+}
+
+/// Thaws a guest that a run of ours, killed at the worst moment, left frozen. Gives whether it was. To be
+/// called for a VM with an agent before anything else is asked of it.
+pub async fn thaw_if_frozen(socket: &Path) -> Result<bool, AgentError> {
+    let mut agent = GuestAgent::connect(socket).await?;
+    let frozen = agent.is_frozen().await?;
+    if frozen {
+        agent.thaw().await?;
+    }
+    Ok(frozen)
+}
