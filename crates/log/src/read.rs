@@ -31,7 +31,7 @@ pub struct LogMeta {
 }
 
 /// Reads header, index and footer, however long the log is. The log is all that there is to read.
-pub fn read_index(log: &mut (impl Read + Seek)) -> Result<LogMeta> {
+pub fn read_index(log: &mut (impl Read + Seek + ?Sized)) -> Result<LogMeta> {
     seek(log, SeekFrom::Start(0))?;
     let header = read_header(log)?;
     let log_bytes = seek(log, SeekFrom::End(0))?;
@@ -74,15 +74,15 @@ impl From<std::io::Error> for Failed {
     }
 }
 
-fn seek(log: &mut impl Seek, to: SeekFrom) -> Result<u64> {
+fn seek(log: &mut (impl Seek + ?Sized), to: SeekFrom) -> Result<u64> {
     log.seek(to).map_err(|error| Error::io("seek in", 0, error))
 }
 
-fn read_header(log: &mut impl Read) -> Result<Header> {
+fn read_header(log: &mut (impl Read + ?Sized)) -> Result<Header> {
     let mut bytes = Vec::new();
     let mut fill = |bytes: &mut Vec<u8>, wanted: usize| {
         let missing = (wanted - bytes.len()) as u64;
-        log.by_ref().take(missing).read_to_end(bytes).map_err(|error| Error::io("read", 0, error))
+        (&mut *log).take(missing).read_to_end(bytes).map_err(|error| Error::io("read", 0, error))
     };
     fill(&mut bytes, HEADER_BYTES)?;
     let Some(fixed) = bytes.first_chunk() else { return Err(short_header(&bytes).at(0)) };
@@ -94,7 +94,7 @@ fn read_header(log: &mut impl Read) -> Result<Header> {
     decode_header(&bytes).map_err(|kind| kind.at(0))
 }
 
-fn read_trailer(log: &mut impl Read) -> Result<(FooterPart, [u8; 32]), Failed> {
+fn read_trailer(log: &mut (impl Read + ?Sized)) -> Result<(FooterPart, [u8; 32]), Failed> {
     let (mut footer, mut seal) = ([0; FOOTER_BYTES], [0; SEAL_BYTES]);
     log.read_exact(&mut footer)?;
     log.read_exact(&mut seal)?;
@@ -102,7 +102,7 @@ fn read_trailer(log: &mut impl Read) -> Result<(FooterPart, [u8; 32]), Failed> {
     Ok((FooterPart::decode(&footer)?, hash))
 }
 
-fn read_units(log: &mut impl Read, footer: &FooterPart, disks: &[DiskInfo]) -> Result<Index, Failed> {
+fn read_units(log: &mut (impl Read + ?Sized), footer: &FooterPart, disks: &[DiskInfo]) -> Result<Index, Failed> {
     let mut bytes = Checked { inner: BufReader::with_capacity(CHUNK_BYTES, log), crc: 0, left: 0 };
     let mut part = [0; INDEX_HEAD_BYTES];
     bytes.left = footer.index.index_bytes() - CRC_BYTES as u64;

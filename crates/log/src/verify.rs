@@ -257,8 +257,9 @@ impl Verifier {
             }
             State::Footer => State::Seal { footer: *array(part)?, hash: *self.hasher.finalize().as_bytes() },
             State::Seal { footer, hash } => {
-                let footer = self.checked_footer(footer, hash, array(part)?)?;
-                State::Done { footer, hash: *hash }
+                let (footer, hash) = (self.checked_footer(footer, hash, array(part)?)?, *hash);
+                self.position = footer.total_bytes();
+                State::Done { footer, hash }
             }
             State::Payload { .. } | State::Index(_) | State::Done { .. } => {
                 return Err(ErrorKind::TrailingBytes);
@@ -319,7 +320,7 @@ impl Verifier {
 }
 
 /// Checks a whole log as [`Verifier`] does, and that every record decompresses to its length.
-pub fn verify(log: &mut impl Read) -> Result<Verified> {
+pub fn verify(log: &mut (impl Read + ?Sized)) -> Result<Verified> {
     let mut verifier = Verifier { payload: Some(Vec::new()), ..Verifier::new() };
     let mut buffer = vec![0; READ_BYTES];
     loop {

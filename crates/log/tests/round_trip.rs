@@ -4,7 +4,7 @@ mod common;
 
 use std::io::Cursor;
 
-use common::{POINT, Piece, apply, encode, header};
+use common::{POINT, Piece, apply, encode, header, noise};
 use log::{Verified, Verifier, read_index, verify};
 use proptest::prelude::*;
 
@@ -52,16 +52,6 @@ fn check(sizes: &[u64], disks: &[Vec<Piece>], level: i32, chunks: &[usize]) {
         }
     }
     assert!(got == expected);
-}
-
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as u8
-        })
-        .collect()
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What the tests of this crate share: headers, logs made of pieces, and what a log does to plain bytes.
 #![allow(dead_code, reason = "each test uses a part of it")]
 
+pub mod craft;
+
 use std::io::Cursor;
 
 use log::{Batcher, DiskInfo, Encoder, Footer, Header, RawRecord, RecordReader, Summary};
@@ -26,6 +28,17 @@ pub fn header(disks: &[(&str, u64)]) -> Header {
             .map(|&(name, size_bytes)| DiskInfo { name: name.parse().unwrap(), size_bytes })
             .collect(),
     }
+}
+
+/// Bytes that do not compress.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+        .collect()
 }
 
 pub const POINT: Footer = Footer {
