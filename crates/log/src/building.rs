@@ -119,3 +119,32 @@ fn check_extents(head: &RecordHead, extents: &[Extent], size_bytes: u64) -> Resu
     let fits = head.encoding == Encoding::Zero || sum == u64::from(head.raw_bytes);
     if fits && extents.len() == head.extents as usize { Ok(sum) } else { Err(ErrorKind::RecordLengths) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_has_an_end() {
+        let disks = [DiskInfo { name: "vda".parse().unwrap(), size_bytes: u64::MAX }];
+        let head =
+            RecordHead { disk: 0, encoding: Encoding::Zero, extents: 1, stored_bytes: 0, raw_bytes: 0 };
+        let entry = RecordEntry {
+            disk: 0,
+            encoding: Encoding::Zero,
+            position: 0,
+            stored_bytes: 0,
+            raw_bytes: 0,
+            extents: 0..1,
+        };
+        let mut building = Building::new(1);
+        building.index.extents = vec![Extent { offset: 0, len: 0 }; EXTENTS_MAX - 1];
+        building.index.records = vec![entry; RECORDS_MAX - 1];
+        assert_eq!(building.check_head(&head, &disks), Ok(()));
+        let two = RecordHead { extents: 2, ..head };
+        let limit = |what, max| Err(ErrorKind::Limit { what, found: max + 1, max });
+        assert_eq!(building.check_head(&two, &disks), limit("extents", EXTENTS_MAX as u64));
+        building.add(&head, std::iter::once(Extent { offset: 5, len: 1 }), &disks).unwrap();
+        assert_eq!(building.check_head(&head, &disks), limit("records", RECORDS_MAX as u64));
+    }
+}

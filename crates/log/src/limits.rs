@@ -16,3 +16,14 @@ pub const DISKS_MAX: usize = 256;
 pub const DISK_NAME_BYTES_MAX: usize = 64;
 /// Data that is zero is left out in aligned blocks of this many bytes.
 pub const ZERO_BLOCK_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::DISK_NAME_BYTES_MAX;
+
+    #[test]
+    fn every_name_that_a_disk_may_have_fits() {
+        assert!("x".repeat(DISK_NAME_BYTES_MAX).parse::<model::DiskName>().is_ok());
+        assert!("x".repeat(DISK_NAME_BYTES_MAX + 1).parse::<model::DiskName>().is_err());
+    }
+}

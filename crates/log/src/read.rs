@@ -102,7 +102,11 @@ fn read_trailer(log: &mut (impl Read + ?Sized)) -> Result<(FooterPart, [u8; 32])
     Ok((FooterPart::decode(&footer)?, hash))
 }
 
-fn read_units(log: &mut (impl Read + ?Sized), footer: &FooterPart, disks: &[DiskInfo]) -> Result<Index, Failed> {
+fn read_units(
+    log: &mut (impl Read + ?Sized),
+    footer: &FooterPart,
+    disks: &[DiskInfo],
+) -> Result<Index, Failed> {
     let mut bytes = Checked { inner: BufReader::with_capacity(CHUNK_BYTES, log), crc: 0, left: 0 };
     let mut part = [0; INDEX_HEAD_BYTES];
     bytes.left = footer.index.index_bytes() - CRC_BYTES as u64;
