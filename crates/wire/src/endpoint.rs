@@ -1,0 +1,136 @@
+//! What a site must be able to do for its peers to talk to it.
+
+use std::future::Future;
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use model::{LogId, LogNumber, VmId};
+
+use crate::identity::Fingerprint;
+use crate::invite::Secret;
+use crate::messages::{DigestRequest, Offer, Refused, RelationshipStatus, Report, SiteInfo, UploadState};
+
+/// Another site that this one trusts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// What this site calls it.
+    pub name: String,
+    /// Its certificate.
+    pub fingerprint: Fingerprint,
+}
+
+/// Who is at the other end of a connection. [`crate::serve`] puts it into the extensions of each request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientIdentity {
+    /// Its address.
+    pub remote: SocketAddr,
+    /// The certificate that it showed, if it did. It holds that certificate's key.
+    pub fingerprint: Option<Fingerprint>,
+}
+
+/// A site that brings an invite.
+#[derive(Debug, Clone)]
+pub struct Newcomer {
+    /// What proves that it was invited; compare it with [`crate::SecretHash::matches`].
+    pub secret: Secret,
+    /// What it calls itself.
+    pub name: String,
+    /// Where it says that it can be reached, `host:port`.
+    pub address: String,
+    /// Its certificate.
+    pub fingerprint: Fingerprint,
+    /// Where it really called from.
+    pub remote: SocketAddr,
+}
+
+/// Something that was not granted, for the site's events.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireEvent {
+    /// Where the request came from.
+    pub remote: Option<SocketAddr>,
+    /// The certificate shown, if one was.
+    pub fingerprint: Option<Fingerprint>,
+    /// The peer whose certificate it is, if it is one's.
+    pub peer: Option<String>,
+    /// The VM that it was about.
+    pub vm: Option<VmId>,
+    /// What was asked for, such as `append`.
+    pub operation: &'static str,
+    /// The HTTP status of the answer.
+    pub status: u16,
+    /// Why not; the refusal's code.
+    pub code: String,
+    /// The same for a person.
+    pub message: String,
+}
+
+/// A site, as its peers see it. [`crate::router`] makes it speak HTTP.
+///
+/// What the implementation can rely on:
+/// * a request of somebody who is no peer never comes here (but [`Self::accept_invite`]'s do);
+/// * a call is never cancelled because the peer went away: it runs to its end;
+/// * [`Self::append`] and [`Self::upload_state`] of one VM never run at once, and the bytes of an `append`
+///   are all that the peer meant to send in it: 0 to [`crate::SEGMENT_BYTES`], never a part of them;
+/// * every [`Refused`] that it gives is passed to [`Self::note`] too; it need not do so itself.
+///
+/// What it must do itself: decide whether that peer may do that to that VM.
+pub trait Endpoint: Send + Sync + 'static {
+    /// The peer with this certificate. Asked for every request, so that removing a peer works at once.
+    fn find_peer(&self, fingerprint: Fingerprint) -> impl Future<Output = Option<Peer>> + Send;
+
+    /// A site brings an invite: checks secret and expiry, uses the invite up and remembers the peer.
+    fn accept_invite(&self, newcomer: Newcomer) -> impl Future<Output = Result<SiteInfo, Refused>> + Send;
+
+    /// A primary offers a relationship, for the first time or again.
+    fn offer(
+        &self,
+        peer: &Peer,
+        offer: Offer,
+    ) -> impl Future<Output = Result<RelationshipStatus, Refused>> + Send;
+
+    /// A primary tells where it stands.
+    fn report(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        report: Report,
+    ) -> impl Future<Output = Result<(), Refused>> + Send;
+
+    /// A primary no longer protects the VM. What is here stays until a person removes it.
+    fn withdraw(&self, peer: &Peer, vm: VmId) -> impl Future<Output = Result<(), Refused>> + Send;
+
+    /// How much of a log is here. A log of which nothing is here yet has offset 0; one that is durable says
+    /// so, for as long as it is the newest.
+    fn upload_state(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        number: LogNumber,
+        id: LogId,
+    ) -> impl Future<Output = Result<UploadState, Refused>> + Send;
+
+    /// Takes the next bytes of a log; with `last` it answers only once the log is durable. Bytes at another
+    /// offset than the one reached are refused with [`Refused::wrong_offset`].
+    #[expect(clippy::too_many_arguments, reason = "they are what one request says")]
+    fn append(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        number: LogNumber,
+        id: LogId,
+        offset: u64,
+        bytes: Bytes,
+        last: bool,
+    ) -> impl Future<Output = Result<UploadState, Refused>> + Send;
+
+    /// The digests of a stretch of a disk in its newest state, 16 bytes each, one after the other.
+    fn digests(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        request: DigestRequest,
+    ) -> impl Future<Output = Result<Vec<u8>, Refused>> + Send;
+
+    /// Writes an event down. The answer waits for it, so it should not take long.
+    fn note(&self, event: WireEvent) -> impl Future<Output = ()> + Send;
+}

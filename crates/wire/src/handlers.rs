@@ -1,0 +1,132 @@
+//! What each endpoint does with a request that was let in: reads it, bounds it, asks the site.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::Query;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
+use model::{LogId, LogNumber, VmId};
+use serde::Deserialize;
+
+use crate::body::{check_length, read_json, read_segment};
+use crate::endpoint::{Endpoint, Newcomer};
+use crate::invite::check_address;
+use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
+use crate::messages::{
+    DigestRequest, Introduction, Offer, Refused, RefusedClass, Report, check_site_name, codes,
+};
+use crate::routes::{Call, Denied, bad_id, json};
+
+/// How long somebody should wait who came when too many segments were arriving.
+const BUSY_RETRY_S: u64 = 1;
+
+type Answer = Result<Response, Denied>;
+
+/// `POST /v1/peers`
+pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let introduction: Introduction = read_json(body, &call.site.limits).await?;
+    check_site_name(&introduction.name).map_err(|error| bad_body(error.to_string()))?;
+    check_address(&introduction.address).map_err(|error| bad_body(error.to_string()))?;
+    let (Some(fingerprint), Some(client)) = (call.fingerprint(), call.client) else {
+        return Err(bad_body("a client certificate is needed".to_owned()));
+    };
+    let newcomer = Newcomer {
+        secret: introduction.secret,
+        name: introduction.name,
+        address: introduction.address,
+        fingerprint,
+        remote: client.remote,
+    };
+    let site = call.site.endpoint.accept_invite(newcomer).await?;
+    Ok(json(StatusCode::OK, &site))
+}
+
+/// `PUT /v1/relationships/{vm}`
+pub(crate) async fn offer<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let vm: VmId = call.id("vm")?;
+    let offer: Offer = read_json(body, &call.site.limits).await?;
+    if offer.vm != vm {
+        return Err(bad_body(format!("the offer is of VM {}, the address of VM {vm}", offer.vm)));
+    }
+    let status = call.site.endpoint.offer(call.peer()?, offer).await?;
+    Ok(json(StatusCode::OK, &status))
+}
+
+/// `DELETE /v1/relationships/{vm}`
+pub(crate) async fn withdraw<E: Endpoint>(call: Arc<Call<E>>, _body: Body) -> Answer {
+    call.site.endpoint.withdraw(call.peer()?, call.id("vm")?).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// `POST /v1/relationships/{vm}/report`
+pub(crate) async fn report<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let vm = call.id("vm")?;
+    let report: Report = read_json(body, &call.site.limits).await?;
+    call.site.endpoint.report(call.peer()?, vm, report).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// `POST /v1/relationships/{vm}/digests`
+pub(crate) async fn digests<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let vm = call.id("vm")?;
+    let request: DigestRequest = read_json(body, &call.site.limits).await?;
+    let blocks_are_usable = request.block_bytes >= model::BLOCK_BYTES;
+    if !blocks_are_usable
+        || request.digests() > DIGESTS_MAX
+        || request.offset.checked_add(request.len).is_none()
+    {
+        return Err(bad_body(format!(
+            "digests of {} bytes from {} in blocks of {} are not given: at most {DIGESTS_MAX} blocks, of at least {} bytes",
+            request.len,
+            request.offset,
+            request.block_bytes,
+            model::BLOCK_BYTES
+        )));
+    }
+    let digests = call.site.endpoint.digests(call.peer()?, vm, request).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], digests).into_response())
+}
+
+/// `GET /v1/relationships/{vm}/logs/{number}/{id}`
+pub(crate) async fn upload_state<E: Endpoint>(call: Arc<Call<E>>, _body: Body) -> Answer {
+    let (vm, number, id) = log_of(&call)?;
+    let peer = call.peer()?;
+    let _turn = call.site.locks.lock(vm).await;
+    let state = call.site.endpoint.upload_state(peer, vm, number, id).await?;
+    Ok(json(StatusCode::OK, &state))
+}
+
+/// The query of an upload.
+#[derive(Deserialize)]
+struct Place {
+    offset: u64,
+    last: bool,
+}
+
+/// `PATCH /v1/relationships/{vm}/logs/{number}/{id}?offset=N&last=B`
+pub(crate) async fn append<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let (vm, number, id) = log_of(&call)?;
+    let Query(place) = Query::<Place>::try_from_uri(&call.parts.uri)
+        .map_err(|error| bad_id(format!("the query is not ?offset=N&last=true|false: {error}")))?;
+    check_length(&body, SEGMENT_BYTES)?;
+    let limits = &call.site.limits;
+    let room = tokio::time::timeout(limits.segment_turn, call.site.segments.acquire()).await;
+    let Ok(Ok(_room)) = room else {
+        let message = "more uploads arrive than this site takes at once";
+        return Err(Refused::new(RefusedClass::Busy, codes::BUSY, message).retry_after(BUSY_RETRY_S).into());
+    };
+    let bytes = read_segment(body, limits).await?;
+    let peer = call.peer()?;
+    let _turn = call.site.locks.lock(vm).await;
+    let state = call.site.endpoint.append(peer, vm, number, id, place.offset, bytes, place.last).await?;
+    Ok(json(StatusCode::OK, &state))
+}
+
+fn log_of<E: Endpoint>(call: &Call<E>) -> Result<(VmId, LogNumber, LogId), Denied> {
+    Ok((call.id("vm")?, LogNumber(call.id("number")?), call.id("id")?))
+}
+
+fn bad_body(message: String) -> Denied {
+    Refused::new(RefusedClass::Invalid, codes::BAD_BODY, message).into()
+}

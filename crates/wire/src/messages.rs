@@ -1,0 +1,247 @@
+//! What two sites say to each other, as JSON. `docs/format/wire-v1.md` describes it for other programs.
+
+use model::{DiskName, LogId, LogNumber, Phase, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+/// A primary tells a replica's site what it protects; made again whenever the two must be squared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The VM.
+    pub vm: VmId,
+    /// What people call it.
+    pub vm_name: VmName,
+    /// Its disks, in the order in which logs name them.
+    pub disks: Vec<OfferedDisk>,
+    /// The interval of its cycles in seconds.
+    pub interval_s: u64,
+    /// Hourly recovery points to keep beside the latest one.
+    pub points: u8,
+    /// The primary site's name.
+    pub primary_name: String,
+    /// What is needed to run the VM elsewhere, as the primary knows it.
+    pub definition: serde_json::Value,
+    /// Where the primary stands.
+    pub phase: Phase,
+    /// What keeps the primary from replicating, if it cannot clear by itself.
+    pub error: Option<String>,
+    /// A person has paused it.
+    pub paused: bool,
+}
+
+/// One disk of an [`Offer`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedDisk {
+    /// Its name.
+    pub name: DiskName,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// What a replica's site has of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelationshipStatus {
+    /// The number of the newest durable log; [`LogNumber::ZERO`] for none.
+    pub durable: LogNumber,
+    /// Its id; [`LogId::NONE`] for none.
+    pub durable_id: LogId,
+    /// Where the replica stands.
+    pub phase: Phase,
+    /// Why the replica would take no log now (a failover, no space), if it would not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
+}
+
+/// A primary tells where it stands, between offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Where it stands.
+    pub phase: Phase,
+    /// What keeps it from replicating, if it cannot clear by itself.
+    pub error: Option<String>,
+    /// A person has paused it.
+    pub paused: bool,
+}
+
+/// Asks for the digests of the blocks of a stretch of a disk, in the replica's newest state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DigestRequest {
+    /// The disk.
+    pub disk: DiskName,
+    /// Where the stretch starts, in bytes.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// One digest for each block of this many bytes; the last block may be shorter.
+    pub block_bytes: u64,
+}
+
+impl DigestRequest {
+    /// How many digests answer it.
+    #[must_use]
+    pub fn digests(&self) -> u64 {
+        self.len.div_ceil(self.block_bytes.max(1))
+    }
+}
+
+/// How much of a log that is being uploaded the replica has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UploadState {
+    /// Its first byte that the replica does not have: where the upload goes on.
+    pub offset: u64,
+    /// The whole log is on the replica's disk, verified, and part of its chain.
+    pub durable: bool,
+}
+
+/// What a site tells of itself to a peer that it has accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteInfo {
+    /// The site's name.
+    pub name: String,
+    /// The version of the program that it runs.
+    pub version: String,
+}
+
+/// What sort of refusal it is; it decides the HTTP status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefusedClass {
+    /// The request itself is wrong: 400.
+    Invalid,
+    /// This peer may not do that: 403.
+    Forbidden,
+    /// There is no such thing: 404.
+    NotFound,
+    /// It contradicts what is there (a wrong number, predecessor, checksum, a phase): 409.
+    Conflict,
+    /// There is no room for it: 507.
+    NoSpace,
+    /// Not now: 503.
+    Busy,
+    /// The site itself failed (its disk, its catalog): 500.
+    Internal,
+}
+
+impl RefusedClass {
+    /// The HTTP status that carries it.
+    #[must_use]
+    pub const fn status(self) -> http::StatusCode {
+        match self {
+            Self::Invalid => http::StatusCode::BAD_REQUEST,
+            Self::Forbidden => http::StatusCode::FORBIDDEN,
+            Self::NotFound => http::StatusCode::NOT_FOUND,
+            Self::Conflict => http::StatusCode::CONFLICT,
+            Self::NoSpace => http::StatusCode::INSUFFICIENT_STORAGE,
+            Self::Busy => http::StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal => http::StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+/// A request that was understood and not granted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct Refused {
+    /// Its sort.
+    pub class: RefusedClass,
+    /// Which refusal it is; stable, in kebab case (see [`codes`]).
+    pub code: String,
+    /// What happened, to what, and what to do.
+    pub message: String,
+    /// Whether it may clear by itself.
+    pub transient: bool,
+    /// When to ask again, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_s: Option<u64>,
+}
+
+impl Refused {
+    /// A refusal that does not clear by itself, unless it is for want of space or time.
+    pub fn new(class: RefusedClass, code: &str, message: impl Into<String>) -> Self {
+        let transient = matches!(class, RefusedClass::NoSpace | RefusedClass::Busy | RefusedClass::Internal);
+        Self { class, code: code.to_owned(), message: message.into(), transient, retry_after_s: None }
+    }
+
+    /// This peer may not do that.
+    pub fn forbidden(code: &str, message: impl Into<String>) -> Self {
+        Self::new(RefusedClass::Forbidden, code, message)
+    }
+
+    /// It contradicts what is there.
+    pub fn conflict(code: &str, message: impl Into<String>) -> Self {
+        Self::new(RefusedClass::Conflict, code, message)
+    }
+
+    /// The bytes sent do not continue what the replica has.
+    #[must_use]
+    pub fn wrong_offset(has: u64, sent: u64) -> Self {
+        let message =
+            format!("the replica has {has} bytes of this log; bytes from offset {sent} do not continue it");
+        Self { transient: true, ..Self::conflict(codes::WRONG_OFFSET, message) }
+    }
+
+    /// The same refusal, which may clear by itself after so many seconds.
+    #[must_use]
+    pub fn retry_after(self, seconds: u64) -> Self {
+        Self { transient: true, retry_after_s: Some(seconds), ..self }
+    }
+}
+
+/// The codes of refusals that this crate itself makes or understands.
+pub mod codes {
+    /// No client certificate was presented (401).
+    pub const NO_CERTIFICATE: &str = "no-certificate";
+    /// The client's certificate is of no peer, or of one that was removed (403).
+    pub const UNKNOWN_PEER: &str = "unknown-peer";
+    /// An id, number or query in the address is not one (400).
+    pub const BAD_ID: &str = "bad-id";
+    /// A body is not what it should be (400).
+    pub const BAD_BODY: &str = "bad-body";
+    /// A body has no `Content-Length` (411).
+    pub const NO_LENGTH: &str = "length-required";
+    /// A body is longer than is taken (413).
+    pub const TOO_LARGE: &str = "too-large";
+    /// A body ended before its end.
+    pub const TRUNCATED: &str = "truncated-body";
+    /// A body came too slowly (408).
+    pub const TOO_SLOW: &str = "too-slow";
+    /// More segments arrive at once than the site takes (503).
+    pub const BUSY: &str = "busy";
+    /// The bytes do not continue what the replica has (409): ask for the state, then go on from there.
+    pub const WRONG_OFFSET: &str = "wrong-offset";
+    /// An invite's secret is not one of this site's, or was used, or has expired (403).
+    pub const BAD_INVITE: &str = "bad-invite";
+}
+
+/// The body of `POST /v1/peers`: the site that accepts an invite introduces itself. Its certificate is
+/// that of the TLS connection.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Introduction {
+    pub secret: crate::Secret,
+    pub name: String,
+    pub address: String,
+}
+
+/// The body of a refusal.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ErrorBody {
+    pub error: Refused,
+}
+
+/// Longest name of a site, in bytes.
+const SITE_NAME_BYTES_MAX: usize = 64;
+
+/// Whether a site may be called so: what other sites show to people must not upset a terminal or a path.
+pub fn check_site_name(name: &str) -> std::result::Result<(), SiteNameError> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    let good = (1..=SITE_NAME_BYTES_MAX).contains(&name.len())
+        && !name.starts_with(['.', '-'])
+        && name.bytes().all(allowed);
+    if good { Ok(()) } else { Err(SiteNameError(name.chars().take(80).collect())) }
+}
+
+/// A site's name that is not usable.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "site name {0:?} is not usable: use 1 to {SITE_NAME_BYTES_MAX} letters, digits, '.', '_' or '-', not starting with '.' or '-'"
+)]
+pub struct SiteNameError(String);
