@@ -1,0 +1,269 @@
+//! What can go wrong with a repository, each with what to do about it.
+
+use std::path::{Path, PathBuf};
+
+use model::{DiskName, LogNumber, VmId};
+
+/// The kinds of errors, for callers that decide by them. Stable; [`ErrorKind::code`] is for scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no repository there.
+    RepositoryMissing,
+    /// There is one already, where one was to be made.
+    RepositoryExists,
+    /// No key of the repository opens with that password.
+    WrongPassword,
+    /// Bytes in the repository are not what was written.
+    Damaged,
+    /// No backup has that id.
+    BackupNotFound,
+    /// Several backups have ids that begin so.
+    BackupAmbiguous,
+    /// Somebody else works on the repository and excludes us.
+    Locked,
+    /// What was to be backed up could not be read.
+    Source,
+    /// What was being backed up may no longer be read: the pin or the hold is gone.
+    Revoked,
+    /// The caller asked to stop.
+    Cancelled,
+    /// No room left.
+    NoSpace,
+    /// A file that would be written is there already.
+    FileExists,
+    /// A program that is needed is missing or failed.
+    Program,
+    /// The request makes no sense, or is not supported.
+    Unsupported,
+    /// The file system refused.
+    Io,
+}
+
+impl ErrorKind {
+    /// The stable code.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::RepositoryMissing => "repository-missing",
+            Self::RepositoryExists => "repository-exists",
+            Self::WrongPassword => "wrong-password",
+            Self::Damaged => "repository-damaged",
+            Self::BackupNotFound => "backup-not-found",
+            Self::BackupAmbiguous => "backup-ambiguous",
+            Self::Locked => "repository-locked",
+            Self::Source => "source-unreadable",
+            Self::Revoked => "view-revoked",
+            Self::Cancelled => "cancelled",
+            Self::NoSpace => "no-space",
+            Self::FileExists => "file-exists",
+            Self::Program => "program-missing",
+            Self::Unsupported => "unsupported",
+            Self::Io => "io-error",
+        }
+    }
+}
+
+/// What can go wrong with a repository.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no repository there.
+    #[error("there is no repository at {}: it has no file 'config'; check the path, or make one first", .path.display())]
+    RepositoryMissing {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is one already.
+    #[error("there is a repository at {} already; open it, or choose an empty folder", .path.display())]
+    RepositoryExists {
+        /// Where.
+        path: PathBuf,
+    },
+    /// No key of the repository opens with that password.
+    #[error("the password does not open the repository at {}; check the password file", .path.display())]
+    WrongPassword {
+        /// Where.
+        path: PathBuf,
+    },
+    /// A file of the repository that everything depends on is damaged.
+    #[error("the repository at {} is damaged: {what}; {remedy}", .path.display())]
+    Damaged {
+        /// Where.
+        path: PathBuf,
+        /// Which file, and what is wrong with it.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A backup's own description is damaged; its disks cannot be told apart.
+    #[error(
+        "backup {backup} is damaged: {what}; other backups are not affected ('afterimage verify' names them)"
+    )]
+    BackupDamaged {
+        /// Which, by its short id.
+        backup: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A chunk of a disk is damaged or missing.
+    #[error(
+        "backup {backup}: disk {disk} is damaged at offset {offset} ({len} bytes): {why}; '--keep-going' restores the rest and leaves zeros there"
+    )]
+    ChunkDamaged {
+        /// Which backup, by its short id.
+        backup: String,
+        /// Which disk.
+        disk: DiskName,
+        /// Where on the disk.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+        /// What is wrong.
+        why: String,
+    },
+    /// No backup has that id.
+    #[error("the repository at {} has no backup {id:?}; 'afterimage backups' lists them", .path.display())]
+    BackupNotFound {
+        /// Where.
+        path: PathBuf,
+        /// What was asked for.
+        id: String,
+    },
+    /// Several backups have ids that begin so.
+    #[error("{count} backups have ids that begin with {id:?} ({candidates}); give more digits")]
+    BackupAmbiguous {
+        /// What was asked for.
+        id: String,
+        /// How many there are.
+        count: usize,
+        /// The first of them.
+        candidates: String,
+    },
+    /// Somebody else works on the repository and excludes us.
+    #[error("the repository at {} is locked by {by}; wait until it is done, or, if that program is dead, run 'restic unlock'", .path.display())]
+    Locked {
+        /// Where.
+        path: PathBuf,
+        /// Who.
+        by: String,
+    },
+    /// Our lock was taken away, so a prune may have removed what this backup builds on.
+    #[error("somebody removed our lock on the repository at {} while the backup ran; no backup was made, run it again", .path.display())]
+    LockLost {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The admission is for another VM or point than the backup says.
+    #[error(
+        "the gate admitted VM {admitted_vm} at point {admitted_point}, not {vm} at {point}; no backup was made"
+    )]
+    NotAdmitted {
+        /// What the admission is for.
+        admitted_vm: VmId,
+        /// What the admission is for.
+        admitted_point: LogNumber,
+        /// What the backup says.
+        vm: VmId,
+        /// What the backup says.
+        point: LogNumber,
+    },
+    /// What was to be backed up could not be read.
+    #[error("disk {disk} could not be read at offset {offset}: {source}; no backup was made")]
+    Source {
+        /// Which disk.
+        disk: DiskName,
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// What was being backed up may no longer be read.
+    #[error("the recovery point is no longer safe to read: {why}; no backup was made")]
+    Revoked {
+        /// Why.
+        why: String,
+    },
+    /// The caller asked to stop.
+    #[error("cancelled; nothing was left behind")]
+    Cancelled,
+    /// No room left.
+    #[error("no space left while writing {}; make room and try again", .path.display())]
+    NoSpace {
+        /// What was written.
+        path: PathBuf,
+    },
+    /// A file that would be written is there already.
+    #[error("{} is there already; choose another folder, or say that it may be overwritten", .path.display())]
+    FileExists {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A program that is needed is missing.
+    #[error("the program '{program}' is missing; install it with '{install}'")]
+    ProgramMissing {
+        /// Which.
+        program: &'static str,
+        /// How to get it.
+        install: &'static str,
+    },
+    /// A program that is needed failed.
+    #[error("'{program}' failed: {why}")]
+    ProgramFailed {
+        /// Which.
+        program: &'static str,
+        /// What it said.
+        why: String,
+    },
+    /// The request makes no sense, or is not supported.
+    #[error("{what}")]
+    Unsupported {
+        /// What, and what to do instead.
+        what: String,
+    },
+    /// The file system refused.
+    #[error("{what} {}: {source}", .path.display())]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// Its kind.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::RepositoryMissing { .. } => ErrorKind::RepositoryMissing,
+            Self::RepositoryExists { .. } => ErrorKind::RepositoryExists,
+            Self::WrongPassword { .. } => ErrorKind::WrongPassword,
+            Self::Damaged { .. } | Self::BackupDamaged { .. } | Self::ChunkDamaged { .. } => {
+                ErrorKind::Damaged
+            }
+            Self::BackupNotFound { .. } => ErrorKind::BackupNotFound,
+            Self::BackupAmbiguous { .. } => ErrorKind::BackupAmbiguous,
+            Self::Locked { .. } | Self::LockLost { .. } => ErrorKind::Locked,
+            Self::Source { .. } => ErrorKind::Source,
+            Self::Revoked { .. } => ErrorKind::Revoked,
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::NoSpace { .. } => ErrorKind::NoSpace,
+            Self::FileExists { .. } => ErrorKind::FileExists,
+            Self::ProgramMissing { .. } | Self::ProgramFailed { .. } => ErrorKind::Program,
+            Self::NotAdmitted { .. } | Self::Unsupported { .. } => ErrorKind::Unsupported,
+            Self::Io { .. } => ErrorKind::Io,
+        }
+    }
+
+    /// An I/O error on `path`; a full disk is told apart.
+    pub(crate) fn io(what: &'static str, path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match source.kind() {
+            StorageFull | QuotaExceeded => Self::NoSpace { path: path.to_owned() },
+            _ => Self::Io { what, path: path.to_owned(), source },
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Random reads of a backup's disks, without restoring them.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::Repository;
+use crate::crypto::Cipher;
+use crate::error::Error;
+use crate::id::Id;
+use crate::info::BackupInfo;
+use crate::lock::Lock;
+use crate::manifest::BackupDisk;
+use crate::pack::Opener;
+use crate::shape::{Shape, index_of};
+
+/// What a thread needs to read chunks.
+pub(crate) struct Tools {
+    pub(crate) opener: Opener,
+    pub(crate) raw: Vec<u8>,
+}
+
+impl Tools {
+    pub(crate) fn new(cipher: &Cipher) -> io::Result<Self> {
+        Ok(Self { opener: Opener::new(cipher.clone())?, raw: Vec::new() })
+    }
+}
+
+/// Chunks that were read last are kept, up to this many bytes.
+const CACHE_BYTES: usize = 32 << 20;
+
+struct ReadDisk {
+    disk: BackupDisk,
+    shape: Shape,
+    ids: Vec<Id>,
+}
+
+/// The disks of one backup, to be read at any place. It holds a lock: what it reads is not pruned.
+pub struct BackupReader {
+    repository: Arc<Repository>,
+    backup: BackupInfo,
+    disks: Vec<ReadDisk>,
+    cache: Mutex<Cache>,
+    _lock: Option<Lock>,
+}
+
+#[derive(Default)]
+struct Cache {
+    chunks: VecDeque<(Id, Arc<Vec<u8>>)>,
+    bytes: usize,
+}
+
+impl Cache {
+    fn get(&mut self, id: &Id) -> Option<Arc<Vec<u8>>> {
+        let place = self.chunks.iter().position(|(known, _)| known == id)?;
+        let found = self.chunks.remove(place)?;
+        self.chunks.push_back(found.clone());
+        Some(found.1)
+    }
+
+    fn put(&mut self, id: Id, chunk: Arc<Vec<u8>>) {
+        self.bytes += chunk.len();
+        self.chunks.push_back((id, chunk));
+        while self.bytes > CACHE_BYTES && self.chunks.len() > 1 {
+            self.bytes -= self.chunks.pop_front().map_or(0, |(_, oldest)| oldest.len());
+        }
+    }
+}
+
+impl Repository {
+    /// Opens a backup's disks for reading.
+    pub fn reader(self: &Arc<Self>, backup: &BackupInfo) -> Result<BackupReader, Error> {
+        let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
+        let lock = self.lock_to_read()?;
+        self.load_index()?;
+        let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
+        let disks = backup.disks.iter().map(|disk| {
+            let ids = Self::disk_list(&mut files, disk)?;
+            Ok(ReadDisk { shape: Shape::new(disk.size_bytes, disk.chunk_bytes), disk: disk.clone(), ids })
+        });
+        Ok(BackupReader {
+            disks: disks.collect::<Result<_, String>>().map_err(damaged)?,
+            repository: self.clone(),
+            backup: backup.clone(),
+            cache: Mutex::default(),
+            _lock: lock,
+        })
+    }
+}
+
+impl BackupReader {
+    /// The backup.
+    #[must_use]
+    pub fn backup(&self) -> &BackupInfo {
+        &self.backup
+    }
+
+    /// What of a disk is not zero: in order, disjoint, in whole chunks cut to `range`.
+    #[must_use]
+    pub fn data_extents(&self, disk: usize, range: Range<u64>) -> Vec<Range<u64>> {
+        let Some(disk) = self.disks.get(disk) else { return Vec::new() };
+        let runs = disk.shape.data_runs(&disk.ids, u64::MAX);
+        runs.iter()
+            .map(|run| disk.shape.bytes_of(run))
+            .map(|bytes| bytes.start.max(range.start)..bytes.end.min(range.end))
+            .filter(|bytes| bytes.start < bytes.end)
+            .collect()
+    }
+
+    /// Fills `buffer` with the bytes of a disk (by its place in the backup's list) from `offset`.
+    pub fn read_at(&self, disk: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let unsupported =
+            || Error::Unsupported { what: "the read is not within a disk of the backup".into() };
+        let disk = self.disks.get(disk).ok_or_else(unsupported)?;
+        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= disk.shape.size_bytes);
+        let end = end.ok_or_else(unsupported)?;
+        let mut place = offset;
+        while place < end {
+            let chunk = place / u64::from(disk.shape.chunk_bytes);
+            let bytes = disk.shape.bytes_of(&(chunk..chunk + 1));
+            let piece = place..bytes.end.min(end);
+            let out = &mut buffer[index_of(piece.start - offset)..index_of(piece.end - offset)];
+            let id = disk.ids[index_of(chunk)];
+            if id == disk.shape.zero_id(chunk) {
+                out.fill(0);
+            } else {
+                let raw = self.chunk(&id).map_err(|why| Error::ChunkDamaged {
+                    backup: self.backup.id.short(),
+                    disk: disk.disk.name.clone(),
+                    offset: bytes.start,
+                    len: bytes.end - bytes.start,
+                    why,
+                })?;
+                let within = index_of(piece.start - bytes.start)..index_of(piece.end - bytes.start);
+                out.copy_from_slice(raw.get(within).ok_or_else(unsupported)?);
+            }
+            place = piece.end;
+        }
+        Ok(())
+    }
+
+    fn chunk(&self, id: &Id) -> Result<Arc<Vec<u8>>, String> {
+        if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+            return Ok(known);
+        }
+        let mut tools = Tools::new(self.repository.store.cipher()).map_err(|error| error.to_string())?;
+        self.repository.read_chunk(&mut tools.opener, id, &mut tools.raw)?;
+        let chunk = Arc::new(tools.raw);
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(*id, chunk.clone());
+        Ok(chunk)
+    }
+}
+
+impl std::fmt::Debug for BackupReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BackupReader").field("backup", &self.backup.id).finish_non_exhaustive()
+    }
+}

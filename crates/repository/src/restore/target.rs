@@ -1,0 +1,87 @@
+//! The file that a disk is restored into.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use super::{Format, qcow2, with_suffix};
+use crate::error::Error;
+use crate::id::Id;
+use crate::shape::{Shape, is_zero};
+
+/// Within a chunk, stretches of zeros of this length are left out; shorter ones are not worth a fragment.
+const HOLE_BYTES: usize = 64 * 1024;
+
+/// A file being written, by several threads.
+pub(crate) struct Target {
+    file: File,
+    /// Where each chunk goes, for qcow2; in a raw image it is its offset on the disk.
+    layout: Option<qcow2::Layout>,
+}
+
+impl Target {
+    /// Makes the file, with the metadata of its format.
+    pub(crate) fn create(path: &Path, format: Format, shape: &Shape, ids: &[Id]) -> io::Result<Self> {
+        let file = File::create(path)?;
+        match format {
+            Format::Raw | Format::Vhdx => {
+                file.set_len(shape.size_bytes)?;
+                Ok(Self { file, layout: None })
+            }
+            Format::Qcow2 => {
+                let layout = qcow2::Layout::new(shape, ids);
+                layout.write_metadata(&file)?;
+                Ok(Self { file, layout: Some(layout) })
+            }
+        }
+    }
+
+    /// Writes a chunk and says how many bytes that took.
+    pub(crate) fn write_chunk(&self, chunk: u64, offset: u64, bytes: &[u8]) -> io::Result<u64> {
+        let start = self.layout.as_ref().map_or(offset, |layout| layout.offset_of(chunk));
+        let (mut place, mut written) = (0, 0);
+        // Pieces that have data, neighbours together.
+        while place < bytes.len() {
+            let end = bytes[place..].chunks(HOLE_BYTES).take_while(|piece| !is_zero(piece)).map(<[u8]>::len);
+            let len: usize = end.sum();
+            self.file.write_all_at(&bytes[place..place + len], start + place as u64)?;
+            written += len as u64;
+            place += len + HOLE_BYTES;
+        }
+        Ok(written)
+    }
+
+    /// Makes it durable.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+}
+
+/// Whether `qemu-img` can be run.
+pub(crate) fn check_qemu_img() -> Result<(), Error> {
+    match Command::new("qemu-img").arg("--version").output() {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::ProgramMissing { program: "qemu-img", install: "apt-get install qemu-utils" }),
+    }
+}
+
+/// Replaces a raw image by the same disk as VHDX.
+pub(crate) fn convert_to_vhdx(raw: &Path) -> Result<(), Error> {
+    let converted = with_suffix(raw, ".vhdx");
+    let failed = |why| Error::ProgramFailed { program: "qemu-img convert", why };
+    let output = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "vhdx", "-o", "subformat=dynamic"])
+        .args([raw, &converted])
+        .output()
+        .map_err(|error| failed(error.to_string()))?;
+    if !output.status.success() {
+        let _ = std::fs::remove_file(&converted);
+        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    File::open(&converted)
+        .and_then(|file| file.sync_all())
+        .and_then(|()| std::fs::rename(&converted, raw))
+        .map_err(|source| Error::io("cannot write", &converted, source))
+}
