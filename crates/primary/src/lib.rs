@@ -1,1 +1,314 @@
-//! Runs cycles: capture, encode, ship
+//! The primary's side: runs cycles over the VMs protected here.
+//!
+//! A cycle fixes one moment over all disks of a VM, reads what changed since the last one, encodes it
+//! into a log and ships it, in bounded memory and without a spool on this side's disk. What holds:
+//!
+//! * the changes of a cycle are dropped from QEMU only after the replica's durable acknowledgement;
+//! * a cycle that fails anywhere leaves no bitmap, job, export or scratch behind and gives its changes
+//!   to the next one; a site that is killed in the middle cleans up when it starts again;
+//! * what cannot be known (a lost bitmap, a chain that is not ours) becomes a resynchronization by
+//!   compare, never a guess and never silently a full copy.
+//!
+//! What it does not do: decide what a cycle does (`model::plan_cycle`), speak QMP (`qemu`) or HTTP (`wire`).
+
+mod cover;
+mod cycle;
+mod digests;
+mod error;
+mod link;
+mod read;
+mod rows;
+mod runner;
+mod ship;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use catalog::Catalog;
+use model::{
+    Assessment, CycleBackoff, Health, HealthThresholds, INTERVAL_SECONDS, LogNumber, POINTS_MAX, Phase,
+    Shipped, Timestamp, VmId, VmName,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, oneshot};
+
+pub use crate::cycle::CycleReport;
+pub use crate::error::{Error, Failure, FailureCode};
+pub use crate::link::PeerClients;
+use crate::rows::Protected;
+pub use crate::rows::{KnownDisk, Settings};
+use crate::runner::{Handle, Order, Runner, Shared};
+
+/// How this site runs its cycles.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What this site is called; the replica shows it.
+    pub site_name: String,
+    /// Where sockets are made (short path: a unix socket's path has at most 107 bytes).
+    pub run_dir: PathBuf,
+    /// Where the guests' overwritten bytes go while a moment is fixed.
+    pub scratch_dir: PathBuf,
+    /// The most that one cycle's scratch may take, in bytes; the cycle is given up before it takes more.
+    pub scratch_limit_bytes: u64,
+    /// The zstd level of logs.
+    pub compression_level: i32,
+    /// A pass (initial replication, resynchronization) is cut into logs of about this many bytes of data.
+    pub initial_log_bytes: u64,
+    /// The shortest interval that may be set, in seconds: 5, and less only to demonstrate and to test.
+    pub interval_min_s: u64,
+    /// Delays after failed cycles.
+    pub backoff: CycleBackoff,
+    /// How long an upload waits for a broken link before the cycle is given up.
+    pub patience: Duration,
+    /// When health turns.
+    pub thresholds: HealthThresholds,
+    /// Cycles at once, over all VMs.
+    pub cycles_at_once: usize,
+}
+
+/// A wish to protect a VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProtectRequest {
+    /// What the VM is called.
+    pub name: VmName,
+    /// How it is to be protected.
+    pub settings: Settings,
+}
+
+/// What there is to say of a protected VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its id.
+    pub vm: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// Where its replica is.
+    pub settings: Settings,
+    /// Its disks.
+    pub disks: Vec<KnownDisk>,
+    /// Where the relationship stands.
+    pub phase: Phase,
+    /// Paused by a person.
+    pub paused: bool,
+    /// Its health.
+    pub health: Assessment,
+    /// The newest log known to be durable on the replica.
+    pub acked: LogNumber,
+    /// The moment of the newest recovery point.
+    pub last_point_at: Option<Timestamp>,
+    /// The last cycle that ended well since this site started.
+    pub last_cycle: Option<CycleReport>,
+    /// Bytes changed and not yet shipped, as far as known.
+    pub pending_bytes: Option<u64>,
+    /// Cycles failed in a row.
+    pub failures: u32,
+    /// When the next cycle is due.
+    pub next_at: Timestamp,
+    /// Why the last cycle failed.
+    pub error: Option<Failure>,
+    /// Bytes of logs shipped since this site started.
+    pub sent_bytes: u64,
+}
+
+impl VmStatus {
+    fn starting(row: &Protected) -> Self {
+        Self {
+            vm: row.vm,
+            name: row.name.clone(),
+            settings: row.settings.clone(),
+            disks: row.disks.clone(),
+            phase: row.phase.clone(),
+            paused: row.paused,
+            health: Assessment { health: Health::Normal, reason: String::new() },
+            acked: row.shipped.acked.number,
+            last_point_at: row.point_at,
+            last_cycle: None,
+            pending_bytes: None,
+            failures: row.failures,
+            next_at: row.made_at,
+            error: row.error.clone(),
+            sent_bytes: 0,
+        }
+    }
+}
+
+/// The primary's side of a site.
+pub struct Primary {
+    shared: Arc<Shared>,
+    handles: Mutex<BTreeMap<VmName, Handle>>,
+}
+
+impl Primary {
+    /// Opens it; nothing runs before [`Primary::start`].
+    pub fn open(catalog: Catalog, config: Config, peers: Arc<dyn PeerClients>) -> Result<Self, Error> {
+        rows::load(&catalog)?;
+        let cycles = Semaphore::new(config.cycles_at_once.max(1));
+        let shared = Shared { catalog, config: Arc::new(config), peers, cycles };
+        Ok(Self { shared: Arc::new(shared), handles: Mutex::default() })
+    }
+
+    /// Starts a runner for each protected VM. Call it within a tokio runtime.
+    pub fn start(&self) -> Result<(), Error> {
+        for row in rows::load(&self.shared.catalog)? {
+            self.spawn(row);
+        }
+        Ok(())
+    }
+
+    /// Ends all runners; a running cycle is given up and its changes stay with QEMU.
+    pub async fn shutdown(&self) {
+        let handles = std::mem::take(&mut *self.lock());
+        for handle in handles.values() {
+            let _ = handle.orders.try_send(Order::End);
+            handle.stop_cycle();
+        }
+        for handle in handles.into_values() {
+            let _ = handle.orders.send(Order::End).await;
+            let _ = handle.task.await;
+        }
+    }
+
+    /// Begins to protect a VM: finds its disks, and starts the initial replication.
+    pub async fn protect(&self, request: ProtectRequest) -> Result<VmStatus, Error> {
+        let ProtectRequest { name, settings } = request;
+        check_settings(&settings, self.shared.config.interval_min_s)?;
+        if self.lock().contains_key(&name) {
+            return Err(Error::Exists(name));
+        }
+        let mut row = Protected {
+            vm: VmId::from_bytes(ship::random_id()?),
+            name,
+            settings,
+            disks: Vec::new(),
+            phase: runner::first_phase(0),
+            paused: false,
+            shipped: Shipped::NOTHING,
+            made_at: self.shared.now(),
+            point_at: None,
+            app_at: None,
+            failures: 0,
+            error: None,
+        };
+        if self.shared.peers.client(&row.settings.peer).is_none() {
+            return Err(Error::Setting(format!(
+                "no peer is named {}; 'afterimage peer list' shows the ones there are",
+                row.settings.peer
+            )));
+        }
+        row.disks = find_disks(&row, &self.shared.config).await?;
+        row.phase = runner::first_phase(row.total_bytes());
+        row.save(&self.shared.catalog).await?;
+        let name = row.name.clone();
+        self.spawn(row);
+        self.get(&name).ok_or(Error::NoSuchVm(name))
+    }
+
+    /// The status of each protected VM, by name.
+    pub fn status(&self) -> Vec<VmStatus> {
+        self.lock().values().map(Handle::status).collect()
+    }
+
+    /// The status of one.
+    pub fn get(&self, name: &VmName) -> Option<VmStatus> {
+        self.lock().get(name).map(Handle::status)
+    }
+
+    /// Runs a cycle now and waits until it has made a point.
+    pub async fn sync(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::Sync, WhenRunning::Wait).await
+    }
+
+    /// Stops cycles; QEMU goes on tracking changes.
+    pub async fn pause(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::Pause, WhenRunning::Stop).await
+    }
+
+    /// Lets cycles run again, at once, whatever stopped them.
+    pub async fn resume(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::Resume, WhenRunning::Wait).await
+    }
+
+    /// Compares both sides and sends what differs.
+    pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::Resync, WhenRunning::Stop).await
+    }
+
+    /// Ends the protection; nothing of ours stays in QEMU. The replica keeps what it has.
+    pub async fn unprotect(&self, name: &VmName) -> Result<VmStatus, Error> {
+        let status = self.order(name, Order::Forget, WhenRunning::Stop).await?;
+        rows::remove(&self.shared.catalog, status.vm).await?;
+        self.lock().remove(name);
+        Ok(status)
+    }
+
+    async fn order(
+        &self,
+        name: &VmName,
+        order: impl FnOnce(oneshot::Sender<Result<(), Failure>>) -> Order,
+        when_running: WhenRunning,
+    ) -> Result<VmStatus, Error> {
+        let no_such_vm = || Error::NoSuchVm(name.clone());
+        let orders = self.lock().get(name).map(|handle| handle.orders.clone()).ok_or_else(no_such_vm)?;
+        let (done, answer) = oneshot::channel();
+        orders.send(order(done)).await.map_err(|_| no_such_vm())?;
+        if let (WhenRunning::Stop, Some(handle)) = (when_running, self.lock().get(name)) {
+            handle.stop_cycle();
+        }
+        answer.await.map_err(|_| no_such_vm())??;
+        self.get(name).ok_or_else(no_such_vm)
+    }
+
+    fn spawn(&self, row: Protected) {
+        let name = row.name.clone();
+        let handle = Runner::spawn(row, self.shared.clone());
+        self.lock().insert(name, handle);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, Handle>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What an order does to a cycle that is running.
+enum WhenRunning {
+    Wait,
+    Stop,
+}
+
+fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
+    let seconds = settings.interval.as_secs();
+    if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
+        return Err(Error::Setting(format!(
+            "an interval of {seconds} s is out of range; use {least} s to {} s",
+            INTERVAL_SECONDS.end()
+        )));
+    }
+    if settings.points > POINTS_MAX {
+        return Err(Error::Setting(format!(
+            "{} recovery points are too many; use 0 to {POINTS_MAX}",
+            settings.points
+        )));
+    }
+    Ok(())
+}
+
+async fn find_disks(row: &Protected, config: &Config) -> Result<Vec<KnownDisk>, Error> {
+    let vm = runner::connect(row, config).await?;
+    let found = match row.settings.nodes.as_slice() {
+        [] => vm.disks().await,
+        nodes => vm.resolve(nodes).await,
+    }
+    .map_err(cycle::qemu_failure)?;
+    if found.is_empty() {
+        return Err(Error::Setting(format!(
+            "QEMU at {} has no writable disk; name its block nodes with --disk",
+            row.settings.qmp.display()
+        )));
+    }
+    Ok(found
+        .into_iter()
+        .map(|disk| KnownDisk { node: disk.node, name: disk.name, size_bytes: disk.size_bytes })
+        .collect())
+}

@@ -16,7 +16,7 @@ use model::{DiskName, LogNumber, Timestamp, Tracking};
 use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::agent::{AgentError, GuestAgent};
 use crate::bitmaps::{self, Step, action};
@@ -27,6 +27,10 @@ use crate::qmp::Command;
 use crate::scratch::{self, Scratch, WATCH_INTERVAL};
 use crate::sweep::sweep;
 use crate::vm::Vm;
+
+/// A capture costs the guest as long as it is there, so that taking it down is tried again, after these
+/// pauses.
+const END_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)];
 
 /// What is to be fixed.
 #[derive(Debug, Clone)]
@@ -182,7 +186,14 @@ impl Drop for Capture {
 
 impl Open {
     async fn end(&self) -> Result<(), Error> {
-        let swept = sweep(&self.vm.inner.qmp, &self.vm.inner.names).await.map(drop);
+        let mut swept = Ok(());
+        for pause in END_PAUSES {
+            sleep(pause).await;
+            swept = sweep(&self.vm.inner.qmp, &self.vm.inner.names).await.map(drop);
+            if swept.as_ref().err().is_none_or(Error::is_gone) {
+                break;
+            }
+        }
         // Without QEMU the files are nobody's; with it, and not swept, they are still being written to.
         match &swept {
             Err(error) if !error.is_gone() => {}

@@ -1,0 +1,285 @@
+//! Reads what a cycle ships, out of the fixed moment: changes from the dirty bitmap, and in a pass
+//! (initial replication, resynchronization) the next stretch of disk.
+//!
+//! ```text
+//! extents ─▶ read requests (many in flight, several connections) ─▶ batches of 256 KiB ─▶ zstd workers ─▶ queue
+//! ```
+//!
+//! Memory is bounded by the requests in flight and the queue, whatever the disks' sizes.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt, stream};
+use log::{Batcher, EncodedRecord, RawRecord};
+use model::{CyclePlan, Progress, Purpose};
+use nbd::{DirtyExtent, ReadRequest};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::cover::{DiskPart, parts};
+use crate::digests::Digests;
+use crate::error::{Failure, FailureCode};
+
+/// Connections per disk: QEMU serves each on its own, so two keep both of its sides busy.
+const CONNECTIONS: usize = 2;
+/// Read requests in flight per disk, of at most [`REQUEST_BYTES_MAX`] each.
+const REQUESTS_IN_FLIGHT: usize = 8;
+/// The largest read request, in bytes.
+const REQUEST_BYTES_MAX: u64 = 512 * 1024;
+/// Dirty blocks this near to each other are read in one request, in bytes: a request costs about as much as this.
+const MERGE_GAP_BYTES: u64 = 16 * 1024;
+/// Extents are asked for in stretches of this many bytes of disk.
+const STRETCH_BYTES: u64 = 1 << 30;
+/// Records being compressed or waiting to be sent.
+pub(crate) const QUEUE_RECORDS: usize = 8;
+
+/// What comes out of reading, in order.
+pub(crate) enum Item {
+    /// A record, possibly still being compressed.
+    Record(JoinHandle<EncodedRecord>),
+    /// Everything was read; the pass has come this far.
+    End(Progress),
+}
+
+/// When a pass has read enough for one log: a log is shipped whole or not at all, so this bounds what a
+/// lost link costs, and how long one moment stays fixed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PassLimits {
+    /// Bytes of data read.
+    pub data_bytes: u64,
+    /// Time spent.
+    pub time: Duration,
+}
+
+/// A captured disk as the reader sees it.
+pub(crate) struct DiskSource {
+    pub name: model::DiskName,
+    pub size_bytes: u64,
+    pub pool: nbd::Pool,
+    pub bitmap_context: Option<String>,
+}
+
+impl DiskSource {
+    pub async fn open(disk: &qemu::CapturedDisk) -> Result<Self, Failure> {
+        let mut contexts = vec!["base:allocation"];
+        contexts.extend(disk.bitmap_context.as_deref());
+        let pool = nbd::Pool::connect(&disk.nbd_socket, &disk.export, &contexts, CONNECTIONS)
+            .await
+            .map_err(|error| read_failure(&disk.name, &error))?;
+        Ok(Self {
+            name: disk.name.clone(),
+            size_bytes: disk.size_bytes,
+            pool,
+            bitmap_context: disk.bitmap_context.clone(),
+        })
+    }
+}
+
+pub(crate) struct Reader<'a> {
+    pub disks: &'a [DiskSource],
+    pub plan: CyclePlan,
+    pub limits: PassLimits,
+    pub level: i32,
+    pub digests: Digests<'a>,
+    pub items: mpsc::Sender<Item>,
+}
+
+impl Reader<'_> {
+    /// Reads everything that the plan asks for.
+    pub async fn run(mut self) -> Result<(), Failure> {
+        let sizes: Vec<u64> = self.disks.iter().map(|disk| disk.size_bytes).collect();
+        let total_bytes = sizes.iter().sum();
+        let mut covered_bytes = self.plan.covered_bytes.min(total_bytes);
+        let started = Instant::now();
+        let mut data_bytes = 0;
+        let mut full = false;
+        for part in parts(&sizes, covered_bytes) {
+            let mut batcher = Batcher::new(u16::try_from(part.disk).expect("a VM has few disks"));
+            if !part.covered.is_empty() && self.plan.base.is_some() {
+                self.changes(&part, &mut batcher).await?;
+            }
+            for stretch in stretches(&part.ahead) {
+                if full {
+                    break;
+                }
+                data_bytes += self.ahead(&part, stretch.clone(), &mut batcher).await?;
+                covered_bytes = part.starts_at + stretch.end;
+                full = data_bytes >= self.limits.data_bytes || started.elapsed() >= self.limits.time;
+            }
+            self.emit(batcher.finish()).await?;
+        }
+        self.send(Item::End(Progress { covered_bytes, total_bytes })).await
+    }
+
+    /// What changed in the part already covered.
+    async fn changes(&mut self, part: &DiskPart, batcher: &mut Batcher) -> Result<(), Failure> {
+        let disk = &self.disks[part.disk];
+        for stretch in by(STRETCH_BYTES, part.covered.clone()) {
+            let extents = disk.extents(stretch, true).await?;
+            self.read(disk, &extents, batcher).await?;
+        }
+        Ok(())
+    }
+
+    /// The next stretch of a pass: all of its data in an initial replication (the replica starts as
+    /// zeros), only what differs in a resynchronization. Returns the bytes of data read for it.
+    async fn ahead(
+        &mut self,
+        part: &DiskPart,
+        stretch: Range<u64>,
+        batcher: &mut Batcher,
+    ) -> Result<u64, Failure> {
+        let disk = &self.disks[part.disk];
+        let mut extents = disk.extents(stretch.clone(), false).await?;
+        if self.plan.purpose == Purpose::Resync {
+            return self.compare(disk, stretch, &extents, batcher).await;
+        }
+        extents.retain(|extent| !extent.zero);
+        self.read(disk, &extents, batcher).await?;
+        Ok(extents.iter().map(|extent| extent.len).sum())
+    }
+
+    async fn read(
+        &self,
+        disk: &DiskSource,
+        extents: &[DirtyExtent],
+        batcher: &mut Batcher,
+    ) -> Result<(), Failure> {
+        let (zeros, data): (Vec<_>, Vec<_>) = extents.iter().copied().partition(|extent| extent.zero);
+        let mut zeros = zeros.into_iter().peekable();
+        let mut reads = disk.reads(nbd::read_plan(&data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
+        // Pieces reach the batcher in the order of the disk: zeros in between go first.
+        while let Some((request, bytes)) = reads.try_next().await? {
+            while let Some(zero) = zeros.next_if(|zero| zero.offset < request.offset) {
+                self.emit(batcher.zero(zero.offset, zero.len)).await?;
+            }
+            for &(skip, len) in &request.wanted {
+                let at = request.offset + skip;
+                while let Some(zero) = zeros.next_if(|zero| zero.offset < at) {
+                    self.emit(batcher.zero(zero.offset, zero.len)).await?;
+                }
+                self.emit(batcher.data(at, &bytes[skip as usize..(skip + len) as usize])).await?;
+            }
+        }
+        for zero in zeros {
+            self.emit(batcher.zero(zero.offset, zero.len)).await?;
+        }
+        Ok(())
+    }
+
+    /// Compares a stretch with the replica by digests, block by block, and takes what differs.
+    async fn compare(
+        &mut self,
+        disk: &DiskSource,
+        stretch: Range<u64>,
+        extents: &[DirtyExtent],
+        batcher: &mut Batcher,
+    ) -> Result<u64, Failure> {
+        let theirs = self.digests.of(&disk.name, stretch.clone()).await?;
+        let block_bytes = Digests::BLOCK_BYTES;
+        // Blocks without any data are zeros: compared without being read.
+        let with_data = whole_blocks(extents.iter().filter(|extent| !extent.zero), block_bytes, stretch.end);
+        let mut shipped = 0;
+        let mut at = stretch.start;
+        let mut reads = disk.reads(nbd::read_plan(&with_data, 0, REQUEST_BYTES_MAX));
+        loop {
+            let next = reads.try_next().await?;
+            let until = next.as_ref().map_or(stretch.end, |(request, _)| request.offset);
+            for offset in (at..until).step_by(block_bytes as usize) {
+                let len = block_bytes.min(stretch.end - offset);
+                if !theirs.is_zero(offset, len) {
+                    self.emit(batcher.zero(offset, len)).await?;
+                }
+            }
+            let Some((request, bytes)) = next else { return Ok(shipped) };
+            for (place, block) in
+                (request.offset..).step_by(block_bytes as usize).zip(bytes.chunks(block_bytes as usize))
+            {
+                if !theirs.matches(place, block) {
+                    shipped += block.len() as u64;
+                    self.emit(batcher.data(place, block)).await?;
+                }
+            }
+            at = request.offset + bytes.len() as u64;
+        }
+    }
+
+    /// Hands batches to the compressors; waits while too many are on their way.
+    async fn emit(&self, batches: Vec<RawRecord>) -> Result<(), Failure> {
+        for batch in batches {
+            let level = self.level;
+            let record = tokio::task::spawn_blocking(move || batch.encode(level));
+            self.send(Item::Record(record)).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&self, item: Item) -> Result<(), Failure> {
+        // The other end is dropped only when shipping has failed; its failure is the one that is shown.
+        self.items
+            .send(item)
+            .await
+            .map_err(|_| Failure::transient(FailureCode::Stopped, "the cycle was stopped"))
+    }
+}
+
+impl DiskSource {
+    /// The dirty (or, without `dirty_only`, all) extents of a stretch.
+    async fn extents(&self, stretch: Range<u64>, dirty_only: bool) -> Result<Vec<DirtyExtent>, Failure> {
+        let bitmap = if dirty_only { self.bitmap_context.as_deref() } else { None };
+        nbd::dirty_extents(&self.pool, bitmap, stretch)
+            .await
+            .map_err(|error| read_failure(&self.name, &error))
+    }
+
+    /// The bytes of each request, in the plan's order, several requests ahead.
+    fn reads(&self, plan: Vec<ReadRequest>) -> BoxStream<'static, Result<(ReadRequest, Bytes), Failure>> {
+        let (pool, name) = (self.pool.clone(), self.name.clone());
+        let read = move |request: ReadRequest| {
+            let (pool, name) = (pool.clone(), name.clone());
+            async move {
+                let bytes = pool.read(request.offset, request.len).await;
+                bytes.map(|bytes| (request, bytes)).map_err(|error| read_failure(&name, &error))
+            }
+        };
+        stream::iter(plan).map(read).buffered(REQUESTS_IN_FLIGHT).boxed()
+    }
+}
+
+/// A read of the fixed moment that fails is the moment's end, not the disk's: with
+/// `on-cbw-error=break-snapshot` QEMU reports EINVAL or EIO once the scratch is lost.
+fn read_failure(disk: &model::DiskName, error: &nbd::Error) -> Failure {
+    Failure::transient(FailureCode::Qemu, format!("reading disk {disk} at the cycle's moment: {error}"))
+}
+
+fn by(step: u64, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    (range.start..range.end).step_by(step as usize).map(move |start| start..range.end.min(start + step))
+}
+
+/// A pass stops only between stretches: small ones keep its limits sharp.
+fn stretches(ahead: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    by(64 << 20, ahead.clone())
+}
+
+/// Rounds extents outwards to whole blocks and merges them.
+fn whole_blocks<'e>(
+    extents: impl Iterator<Item = &'e DirtyExtent>,
+    block: u64,
+    end: u64,
+) -> Vec<DirtyExtent> {
+    let mut out: Vec<DirtyExtent> = Vec::new();
+    for extent in extents {
+        let from = extent.offset / block * block;
+        let to = (extent.offset + extent.len).next_multiple_of(block).min(end);
+        match out.last_mut() {
+            Some(last) if from <= last.offset + last.len => {
+                last.len = to.max(last.offset + last.len) - last.offset
+            }
+            _ => out.push(DirtyExtent { offset: from, len: to - from, zero: false }),
+        }
+    }
+    out
+}

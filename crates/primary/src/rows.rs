@@ -1,0 +1,213 @@
+//! What the primary keeps in the catalog: one row per protected VM.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use catalog::rusqlite::Row;
+use catalog::{Catalog, params, rusqlite};
+use model::{DiskName, Phase, Shipped, Timestamp, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Failure;
+
+const TABLES: &[&str] = &["
+    CREATE TABLE protected (
+        vm         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        settings   TEXT NOT NULL,           -- json: Settings
+        disks      TEXT NOT NULL,           -- json: what was agreed with the replica
+        phase      TEXT NOT NULL,           -- json: model::Phase
+        paused     INTEGER NOT NULL DEFAULT 0,
+        shipped    TEXT NOT NULL,           -- json: model::Shipped
+        made_at    INTEGER NOT NULL,        -- microseconds since 1970
+        point_at   INTEGER,                 -- moment of the newest durable point
+        app_at     INTEGER,                 -- moment of the newest application-consistent one
+        failures   INTEGER NOT NULL DEFAULT 0,
+        error      TEXT                     -- json: Failure
+    ) STRICT;
+"];
+
+/// What a person has set for one protected VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The QMP socket of the VM's QEMU.
+    pub qmp: PathBuf,
+    /// The NBD server's socket, where QEMU has one already.
+    pub nbd: Option<PathBuf>,
+    /// The block nodes to protect; empty: every writable disk node.
+    pub nodes: Vec<String>,
+    /// The peer that keeps the replica.
+    pub peer: String,
+    /// Between the starts of two cycles.
+    pub interval: Duration,
+    /// Hourly recovery points kept beside the latest one.
+    pub points: u8,
+    /// How often a point is application-consistent.
+    pub app_every: Option<Duration>,
+    /// The guest agent's socket.
+    pub guest_agent: Option<PathBuf>,
+    /// The most that this relationship may send, in bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
+}
+
+/// A disk as agreed with the replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownDisk {
+    /// The QEMU node.
+    pub node: String,
+    /// Its name on both sides.
+    pub name: DiskName,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// Everything remembered of one protected VM.
+#[derive(Debug, Clone)]
+pub struct Protected {
+    pub vm: VmId,
+    pub name: VmName,
+    pub settings: Settings,
+    pub disks: Vec<KnownDisk>,
+    pub phase: Phase,
+    pub paused: bool,
+    pub shipped: Shipped,
+    pub made_at: Timestamp,
+    pub point_at: Option<Timestamp>,
+    pub app_at: Option<Timestamp>,
+    pub failures: u32,
+    pub error: Option<Failure>,
+}
+
+impl Protected {
+    /// Bytes of all disks together.
+    pub fn total_bytes(&self) -> u64 {
+        self.disks.iter().map(|disk| disk.size_bytes).sum()
+    }
+
+    /// The QEMU nodes of all disks.
+    pub fn nodes(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.node.clone()).collect()
+    }
+
+    /// Writes the row; durable when this returns.
+    pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
+        let row = self.clone();
+        catalog.change(move |tx| row.put(tx)).await
+    }
+
+    fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
+        tx.execute(
+            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+            params![
+                self.vm.to_string(),
+                self.name.as_str(),
+                json(&self.settings),
+                json(&self.disks),
+                json(&self.phase),
+                self.paused,
+                json(&self.shipped),
+                self.made_at.0,
+                self.point_at.map(|at| at.0),
+                self.app_at.map(|at| at.0),
+                self.failures,
+                self.error.as_ref().map(json),
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn get(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            vm: parse(row, 0, |text| text.parse())?,
+            name: parse(row, 1, |text| text.parse())?,
+            settings: parse(row, 2, |text| serde_json::from_str(text))?,
+            disks: parse(row, 3, |text| serde_json::from_str(text))?,
+            phase: parse(row, 4, |text| serde_json::from_str(text))?,
+            paused: row.get(5)?,
+            shipped: parse(row, 6, |text| serde_json::from_str(text))?,
+            made_at: Timestamp(row.get(7)?),
+            point_at: row.get::<_, Option<i64>>(8)?.map(Timestamp),
+            app_at: row.get::<_, Option<i64>>(9)?.map(Timestamp),
+            failures: row.get(10)?,
+            error: match row.get_ref(11)? {
+                rusqlite::types::ValueRef::Null => None,
+                _ => Some(parse(row, 11, |text| serde_json::from_str(text))?),
+            },
+        })
+    }
+}
+
+/// Makes the table if it is not there, and reads all rows.
+pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
+    catalog.migrate("primary", TABLES)?;
+    catalog.read(|c| {
+        c.prepare("SELECT * FROM protected ORDER BY name")?.query_map([], Protected::get)?.collect()
+    })
+}
+
+/// Forgets a VM.
+pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
+    let id = vm.to_string();
+    catalog.change(move |tx| tx.execute("DELETE FROM protected WHERE vm = ?1", [id])).await?;
+    Ok(())
+}
+
+fn json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("these types have no map keys or floats that JSON cannot hold")
+}
+
+fn parse<T, E: std::error::Error + Send + Sync + 'static>(
+    row: &Row<'_>,
+    column: usize,
+    parse: impl FnOnce(&str) -> Result<T, E>,
+) -> rusqlite::Result<T> {
+    let text: String = row.get(column)?;
+    parse(&text).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use model::{Progress, ResyncReason};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_row_comes_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(dir.path().join("catalog.sqlite")).unwrap();
+        assert!(load(&catalog).unwrap().is_empty());
+        let mut row = Protected {
+            vm: VmId::from_bytes([1; 16]),
+            name: "web".parse().unwrap(),
+            settings: Settings {
+                qmp: "/run/qmp".into(),
+                nbd: None,
+                nodes: vec!["vda".into()],
+                peer: "head-office".into(),
+                interval: Duration::from_secs(30),
+                points: 24,
+                app_every: None,
+                guest_agent: None,
+                bandwidth_bytes_per_s: Some(1_000_000),
+            },
+            disks: vec![KnownDisk { node: "vda".into(), name: "vda".parse().unwrap(), size_bytes: 1 << 30 }],
+            phase: Phase::InitialReplication { progress: Progress { covered_bytes: 1, total_bytes: 2 } },
+            paused: true,
+            shipped: Shipped::NOTHING,
+            made_at: Timestamp(5),
+            point_at: None,
+            app_at: Some(Timestamp(7)),
+            failures: 3,
+            error: Some(Failure::transient(crate::error::FailureCode::Link, "cut")),
+        };
+        row.save(&catalog).await.unwrap();
+        row.phase = Phase::ResyncRequired { why: ResyncReason::BitmapLost("vda".into()) };
+        row.save(&catalog).await.unwrap();
+        let rows = load(&catalog).unwrap();
+        assert_eq!(format!("{rows:?}"), format!("{:?}", [&row]));
+        remove(&catalog, row.vm).await.unwrap();
+        assert!(load(&catalog).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,174 @@
+//! Ships what was read: encodes it into one or more logs and uploads them until the replica has made
+//! each durable.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use log::{Encoder, Footer, Header};
+use model::{Consistency, CyclePlan, Head, LogAttempt, LogClass, LogId, Progress, Purpose, Timestamp, VmId};
+use tokio::sync::mpsc;
+use wire::Uploader;
+
+use crate::error::{Failure, FailureCode};
+use crate::link::{Link, link_failure};
+use crate::read::Item;
+
+/// A log is cut when it holds this many bytes of data or this many extents: bounds its index in memory
+/// on both sides (16 bytes per extent) and what a broken upload costs. The cycle goes on in the next log.
+const LOG_DATA_BYTES_MAX: u64 = 4 << 30;
+const LOG_EXTENTS_MAX: usize = 1 << 20;
+
+/// What is common to all logs of a cycle.
+pub(crate) struct Cycle<'a> {
+    pub link: &'a Link,
+    pub vm: VmId,
+    pub disks: Vec<log::DiskInfo>,
+    pub plan: CyclePlan,
+    pub moment: Timestamp,
+    pub consistency: Consistency,
+    pub patience: Duration,
+}
+
+/// What a cycle shipped.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Shipment {
+    pub logs: u32,
+    pub log_bytes: u64,
+    pub data_bytes: u64,
+    pub zero_bytes: u64,
+}
+
+/// Where the cycle writes down which log it is about to have made durable.
+pub(crate) trait Ledger {
+    async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure>;
+    async fn durable(&mut self, attempt: LogAttempt, makes_point: bool) -> Result<(), Failure>;
+}
+
+impl Cycle<'_> {
+    /// Ships everything that arrives in `items` until its end.
+    pub async fn ship(
+        &self,
+        mut items: mpsc::Receiver<Item>,
+        ledger: &mut impl Ledger,
+    ) -> Result<Shipment, Failure> {
+        let mut shipment = Shipment::default();
+        let mut predecessor = self.plan.predecessor;
+        let mut number = self.plan.next;
+        let mut log = self.begin(Head { number, id: new_log_id()? }, predecessor)?;
+        while let Some(item) = items.recv().await {
+            match item {
+                Item::Record(record) => {
+                    if log.is_full() {
+                        let head = log.head;
+                        log.finish(self, None, ledger, &mut shipment).await?;
+                        (number, predecessor) = (number.next(), head.id);
+                        log = self.begin(Head { number, id: new_log_id()? }, predecessor)?;
+                    }
+                    let record = record.await.map_err(|error| stopped(&error))?;
+                    log.record(record).await?;
+                }
+                Item::End(progress) => {
+                    log.finish(self, Some(progress), ledger, &mut shipment).await?;
+                    return Ok(shipment);
+                }
+            }
+        }
+        Err(Failure::transient(FailureCode::Stopped, "reading ended before its end"))
+    }
+
+    fn begin(&self, head: Head, predecessor: LogId) -> Result<OpenLog, Failure> {
+        let header = Header {
+            vm: self.vm,
+            id: head.id,
+            number: head.number,
+            predecessor,
+            moment: self.moment,
+            purpose: self.plan.purpose,
+            disks: self.disks.clone(),
+        };
+        let encoder = Encoder::new(Vec::new(), &header).map_err(encode_failure)?;
+        let upload = self.link.upload(self.vm, head, self.patience);
+        Ok(OpenLog { head, encoder, upload })
+    }
+
+    /// The class of the cycle's last log: a pass makes a point only when it has covered everything.
+    fn class(&self, progress: Progress) -> LogClass {
+        let complete =
+            self.plan.purpose == Purpose::Changes || progress.covered_bytes == progress.total_bytes;
+        if complete { LogClass::Point(self.consistency) } else { LogClass::Partial }
+    }
+}
+
+struct OpenLog {
+    head: Head,
+    encoder: Encoder<Vec<u8>>,
+    upload: Uploader,
+}
+
+impl OpenLog {
+    fn is_full(&self) -> bool {
+        self.encoder.raw_bytes() >= LOG_DATA_BYTES_MAX || self.encoder.extents() >= LOG_EXTENTS_MAX
+    }
+
+    async fn record(&mut self, record: log::EncodedRecord) -> Result<(), Failure> {
+        self.encoder.record(record).map_err(encode_failure)?;
+        self.drain().await
+    }
+
+    /// Passes on what the encoder has written so far.
+    async fn drain(&mut self) -> Result<(), Failure> {
+        let written = std::mem::take(self.encoder.get_mut());
+        self.upload.write(Bytes::from(written)).await.map_err(|error| link_failure(&error))
+    }
+
+    /// Ends the log and waits until it is durable. `end` is given for the cycle's last log.
+    async fn finish(
+        mut self,
+        cycle: &Cycle<'_>,
+        end: Option<Progress>,
+        ledger: &mut impl Ledger,
+        shipment: &mut Shipment,
+    ) -> Result<(), Failure> {
+        self.drain().await?;
+        let class = end.map_or(LogClass::Partial, |progress| cycle.class(progress));
+        let footer = Footer { class, progress: end.unwrap_or_default() };
+        let (summary, rest) = self.encoder.finish(footer).map_err(encode_failure)?;
+        self.upload.write(Bytes::from(rest)).await.map_err(|error| link_failure(&error))?;
+        let attempt = LogAttempt {
+            head: self.head,
+            tracking: cycle.plan.next,
+            ends_cycle: end.is_some(),
+            progress: end,
+        };
+        // Before the replica can make it durable: if its answer is lost, this tells whose log it is.
+        ledger.about_to_finish(attempt).await?;
+        self.upload.finish().await.map_err(|error| link_failure(&error))?;
+        ledger.durable(attempt, class.point().is_some()).await?;
+        shipment.logs += 1;
+        shipment.log_bytes += summary.total_bytes;
+        shipment.data_bytes += summary.data_bytes;
+        shipment.zero_bytes += summary.zero_bytes;
+        Ok(())
+    }
+}
+
+fn new_log_id() -> Result<LogId, Failure> {
+    random_id().map(LogId::from_bytes)
+}
+
+/// Sixteen random bytes.
+pub(crate) fn random_id() -> Result<[u8; 16], Failure> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        Failure::transient(FailureCode::Catalog, format!("the system gave no random bytes: {error}"))
+    })?;
+    Ok(bytes)
+}
+
+fn encode_failure(error: log::Error) -> Failure {
+    Failure::lasting(FailureCode::Encode, format!("the log could not be encoded: {error}"))
+}
+
+fn stopped(error: &tokio::task::JoinError) -> Failure {
+    Failure::transient(FailureCode::Stopped, format!("a compressor stopped: {error}"))
+}

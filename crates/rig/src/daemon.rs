@@ -1,0 +1,108 @@
+//! A `qemu-storage-daemon` with raw disks: a VM's block layer without the VM.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::programs::{Process, need, wait_for};
+use crate::{Result, doing};
+
+/// A running daemon; its disks are files `<name>.raw` in its folder and NBD exports of the same name.
+pub struct StorageDaemon {
+    dir: PathBuf,
+    disks: Vec<(String, u64)>,
+    process: Option<Process>,
+}
+
+impl StorageDaemon {
+    /// Starts one with these disks (name, bytes); files that are there already are used as they are.
+    pub fn start(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
+        need("qemu-storage-daemon", "qemu-utils")?;
+        std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
+        let disks: Vec<_> = disks.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
+        for (name, bytes) in &disks {
+            let path = dir.join(format!("{name}.raw"));
+            if !path.exists() {
+                File::create(&path).and_then(|file| file.set_len(*bytes)).map_err(doing(path.display()))?;
+            }
+        }
+        let mut daemon = Self { dir: dir.to_owned(), disks, process: None };
+        daemon.restart()?;
+        Ok(daemon)
+    }
+
+    /// Kills the daemon, if it runs, and starts it again on the same disks: QEMU forgets its bitmaps.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process = None;
+        for socket in [self.qmp(), self.nbd()] {
+            let _ = std::fs::remove_file(socket);
+        }
+        let mut command = Command::new("qemu-storage-daemon");
+        for (name, _) in &self.disks {
+            let file = self.disk(name);
+            command.arg("--blockdev").arg(format!(
+                "driver=raw,node-name={name},discard=unmap,file.driver=file,file.filename={}",
+                file.display()
+            ));
+        }
+        command
+            .arg("--nbd-server")
+            .arg(format!("addr.type=unix,addr.path={},max-connections=64", self.nbd().display()));
+        for (name, _) in &self.disks {
+            command
+                .arg("--export")
+                .arg(format!("type=nbd,id=guest-{name},node-name={name},name={name},writable=on"));
+        }
+        command
+            .arg("--chardev")
+            .arg(format!("socket,id=qmp,path={},server=on,wait=off", self.qmp().display()));
+        command.args(["--monitor", "chardev=qmp"]).stdout(Stdio::null());
+        self.process = Some(Process::start(&mut command)?);
+        let limit = Duration::from_secs(20);
+        wait_for("qemu-storage-daemon", limit, || {
+            Ok((self.nbd().exists() && self.qmp().exists()).then_some(()))
+        })
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Lets it live on without its owner.
+    pub fn leave(mut self) {
+        if let Some(process) = self.process.take() {
+            process.leave();
+        }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
+    /// Its QMP socket.
+    #[must_use]
+    pub fn qmp(&self) -> PathBuf {
+        self.dir.join("qmp.sock")
+    }
+
+    /// Its NBD server's socket.
+    #[must_use]
+    pub fn nbd(&self) -> PathBuf {
+        self.dir.join("nbd.sock")
+    }
+
+    /// The file of a disk.
+    #[must_use]
+    pub fn disk(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.raw"))
+    }
+
+    /// The names of its disks.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|(name, _)| name.as_str())
+    }
+}

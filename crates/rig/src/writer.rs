@@ -1,0 +1,186 @@
+//! A guest that writes: one write outstanding, numbered, for ever.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nbd::Client;
+use tokio::runtime::{Builder, Runtime};
+use witness::{Action, Checker, Script, Violation, Write};
+
+use crate::{Result, StorageDaemon, Trouble, doing};
+
+/// A thread that performs a script over a daemon's NBD exports.
+pub struct Writer {
+    script: Arc<Script>,
+    begun: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<u64>>,
+}
+
+impl Writer {
+    /// Starts to write, from write `from` on (1 for the first), with `pause` between two writes.
+    pub fn start(daemon: &StorageDaemon, script: Arc<Script>, from: u64, pause: Duration) -> Result<Self> {
+        let begun = Arc::new(AtomicU64::new(from - 1));
+        let stop = Arc::new(AtomicBool::new(false));
+        let guest = Guest {
+            script: script.clone(),
+            begun: begun.clone(),
+            stop: stop.clone(),
+            socket: daemon.nbd(),
+            names: daemon.names().map(str::to_owned).collect(),
+            pause,
+        };
+        let (ready, started) = mpsc::channel();
+        let thread = std::thread::spawn(move || guest.run(from, &ready));
+        started.recv().unwrap_or_else(|_| Err(Trouble("the writer's thread ended".into())))?;
+        Ok(Self { script, begun, stop, thread: Some(thread) })
+    }
+
+    /// The number of the newest write begun.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst)
+    }
+
+    /// Stops, and gives the number to go on with: all before it have happened, and it perhaps.
+    #[must_use]
+    pub fn stop(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let joined = self.thread.take().map(JoinHandle::join);
+        joined.and_then(std::result::Result::ok).unwrap_or_else(|| self.begun())
+    }
+
+    /// The state that raw images show (in the disks' order).
+    pub fn state_of_files(&self, paths: &[impl AsRef<Path>]) -> std::result::Result<u64, Violation> {
+        state_of_files(&self.script, self.begun(), paths)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What the writer's thread works with.
+struct Guest {
+    script: Arc<Script>,
+    begun: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    socket: PathBuf,
+    names: Vec<String>,
+    pause: Duration,
+}
+
+impl Guest {
+    /// Writes until it is stopped; the number to go on with.
+    fn run(&self, from: u64, ready: &mpsc::Sender<Result<()>>) -> u64 {
+        let connected = runtime().and_then(|runtime| {
+            let disks = runtime.block_on(self.connect())?;
+            Ok((runtime, disks))
+        });
+        match connected {
+            Ok((runtime, disks)) => {
+                let _ = ready.send(Ok(()));
+                runtime.block_on(self.write(&disks, from))
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                from
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Vec<Client>> {
+        let mut disks = Vec::new();
+        for name in &self.names {
+            let client = Client::connect(&self.socket, name, &[]).await;
+            disks.push(client.map_err(doing(self.socket.display()))?);
+        }
+        Ok(disks)
+    }
+
+    async fn write(&self, disks: &[Client], from: u64) -> u64 {
+        let mut number = from;
+        while !self.stop.load(Ordering::Relaxed) {
+            let write = self.script.write(number);
+            self.begun.store(number, Ordering::SeqCst);
+            if perform(&disks[write.disk], &self.script, &write).await.is_err() {
+                return number; // the daemon was killed: this write may or may not have happened
+            }
+            number += 1;
+            if !self.pause.is_zero() {
+                tokio::time::sleep(self.pause).await;
+            }
+        }
+        number
+    }
+}
+
+async fn perform(disk: &Client, script: &Script, write: &Write) -> std::result::Result<(), nbd::Error> {
+    match write.action {
+        Action::Zero => disk.write_zeroes(write.offset, write.len).await,
+        Action::Data => disk.write(write.offset, &script.data(write)).await,
+    }
+}
+
+fn runtime() -> Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().map_err(doing("starting a runtime"))
+}
+
+/// The state of a script that raw images show (in the disks' order).
+pub fn state_of_files(
+    script: &Script,
+    begun: u64,
+    paths: &[impl AsRef<Path>],
+) -> std::result::Result<u64, Violation> {
+    let files = paths.iter().map(std::fs::File::open).collect::<std::io::Result<Vec<_>>>()?;
+    Checker::new(script).state(begun, |disk, offset, buffer| files[disk].read_exact_at(buffer, offset))
+}
+
+/// The state that NBD exports show (`nbd+unix:///NAME?socket=PATH`, in the disks' order).
+pub fn state_of_exports(script: &Script, begun: u64, uris: &[&str]) -> std::result::Result<u64, Violation> {
+    let runtime = runtime().map_err(std::io::Error::other)?;
+    let mut disks = Vec::new();
+    for uri in uris {
+        let (name, socket) = uri
+            .strip_prefix("nbd+unix:///")
+            .and_then(|rest| rest.split_once("?socket="))
+            .ok_or_else(|| std::io::Error::other(format!("not an NBD address: {uri}")))?;
+        let client = runtime.block_on(Client::connect(Path::new(socket), name, &[]));
+        disks.push(client.map_err(std::io::Error::other)?);
+    }
+    Checker::new(script).state(begun, |disk, offset, buffer| {
+        let bytes =
+            runtime.block_on(disks[disk].read(offset, buffer.len() as u64)).map_err(std::io::Error::other)?;
+        buffer.copy_from_slice(&bytes);
+        Ok(())
+    })
+}
+
+/// Fills a part of a daemon's disk with bytes that do not compress, as fast as it goes, and flushes them.
+pub fn fill(daemon: &StorageDaemon, name: &str, offset: u64, len: u64, seed: u64) -> Result<()> {
+    let runtime = runtime()?;
+    let socket = daemon.nbd();
+    let failed = || doing::<nbd::Error>(format_args!("filling disk {name}").to_string());
+    let disk = runtime.block_on(Client::connect(&socket, name, &[])).map_err(failed())?;
+    let (mut state, mut block) = (seed | 1, vec![0; 1 << 20]);
+    let mut at = offset;
+    while at < offset + len {
+        for word in block.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        let count = (offset + len - at).min(block.len() as u64) as usize;
+        runtime.block_on(disk.write(at, &block[..count])).map_err(failed())?;
+        at += count as u64;
+    }
+    runtime.block_on(disk.flush()).map_err(failed())
+}
