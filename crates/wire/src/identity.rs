@@ -229,3 +229,67 @@ fn read_private(path: &Path) -> Result<Vec<u8>, IdentityError> {
     }
     read(path)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made() -> (tempfile::TempDir, Identity) {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::create(dir.path(), "site-1").unwrap();
+        (dir, identity)
+    }
+
+    #[test]
+    fn an_identity_is_made_once_and_read_again() {
+        let (dir, identity) = made();
+        let mode = std::fs::metadata(dir.path().join(KEY_FILE)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(Identity::load(dir.path()).unwrap().fingerprint(), identity.fingerprint());
+        let error = Identity::create(dir.path(), "site-1").unwrap_err();
+        assert!(matches!(error, IdentityError::Exists(_)), "{error}");
+        assert_ne!(made().1.fingerprint(), identity.fingerprint());
+    }
+
+    #[test]
+    fn a_fingerprint_is_what_other_tools_compute() {
+        let (dir, identity) = made();
+        let der = CertificateDer::from_pem_file(dir.path().join(CERTIFICATE_FILE)).unwrap();
+        let ours = aws_lc_digest(&der);
+        assert_eq!(identity.fingerprint().to_string(), ours);
+        assert_eq!(ours.parse::<Fingerprint>().unwrap(), identity.fingerprint());
+        for bad in ["", "zz", &ours[1..], &format!("{ours}0")] {
+            assert!(bad.parse::<Fingerprint>().is_err(), "{bad}");
+        }
+    }
+
+    /// SHA-256 by the library that TLS uses, not the one that makes fingerprints.
+    fn aws_lc_digest(der: &[u8]) -> String {
+        let suite = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().unwrap();
+        hex::encode(suite.common.hash_provider.hash(der).as_ref())
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_not_used() {
+        let (dir, _) = made();
+        let key = dir.path().join(KEY_FILE);
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let error = Identity::load(dir.path()).unwrap_err();
+        assert!(matches!(error, IdentityError::Exposed { mode: 0o640, .. }), "{error}");
+        assert!(error.to_string().contains("chmod 600"));
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let (dir, _) = made();
+        let (other, _) = made();
+        std::fs::copy(other.path().join(CERTIFICATE_FILE), dir.path().join(CERTIFICATE_FILE)).unwrap();
+        let error = Identity::load(dir.path()).unwrap_err();
+        assert!(error.to_string().contains("does not go with the key"), "{error}");
+        std::fs::write(dir.path().join(KEY_FILE), b"nothing").unwrap();
+        let error = Identity::load(dir.path()).unwrap_err();
+        assert!(matches!(&error, IdentityError::Damaged { path, .. } if path.ends_with(KEY_FILE)), "{error}");
+        std::fs::remove_file(dir.path().join(KEY_FILE)).unwrap();
+        assert!(matches!(Identity::load(dir.path()), Err(IdentityError::File { .. })));
+    }
+}

@@ -270,7 +270,11 @@ pub(crate) fn check_address(address: &str) -> Result<(), InviteError> {
     let (host, port) = address.rsplit_once(':').ok_or_else(refuse)?;
     let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         Some(v6) => {
-            return v6.parse::<std::net::Ipv6Addr>().map(drop).or(Err(refuse())).and(check_port(port, refuse));
+            return v6
+                .parse::<std::net::Ipv6Addr>()
+                .map(drop)
+                .or(Err(refuse()))
+                .and(check_port(port, refuse));
         }
         None => host,
     };
@@ -287,3 +291,7 @@ fn check_port(port: &str, refuse: impl Fn() -> InviteError) -> Result<(), Invite
         _ => Err(refuse()),
     }
 }
+
+#[cfg(test)]
+#[path = "invite_tests.rs"]
+mod tests;

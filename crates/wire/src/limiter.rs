@@ -67,3 +67,65 @@ impl RateLimiter {
         from
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends `total` bytes in slices; how many were let through in each tenth of a second.
+    async fn send(limiter: RateLimiter, total: u64) -> Vec<u64> {
+        let started = Instant::now();
+        let mut tenths = Vec::new();
+        let mut sent = 0;
+        while sent < total {
+            let slice = limiter.slice_bytes() as u64;
+            limiter.take(limiter.slice_bytes()).await;
+            let at = usize::try_from(started.elapsed().as_millis() / 100).unwrap();
+            tenths.resize(tenths.len().max(at + 1), 0);
+            tenths[at] += slice;
+            sent += slice;
+        }
+        tenths
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_limit_is_kept_smoothly() {
+        for rate in [50_000, 1_000_000, 20_000_000, 1_000_000_000] {
+            let tenths = send(RateLimiter::new(rate), rate * 5).await;
+            assert!((49..=51).contains(&tenths.len()), "{rate}: 5 s of it took {} tenths", tenths.len());
+            for sent in &tenths[..tenths.len() - 1] {
+                assert!(sent.abs_diff(rate / 10) <= rate / 50, "{rate}: {sent} in a tenth of a second");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clones_share_one_budget_and_each_gets_its_part() {
+        let limiter = RateLimiter::new(1_000_000);
+        let started = Instant::now();
+        let (a, b) = tokio::join!(send(limiter.clone(), 2_000_000), send(limiter.clone(), 2_000_000));
+        let took = started.elapsed().as_secs_f64();
+        assert!((3.8..4.2).contains(&took), "{took}");
+        let half: u64 = a[..10].iter().sum();
+        assert!((400_000..600_000).contains(&half), "{half} in the first second");
+        assert_eq!(a.len(), b.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_is_not_followed_by_a_burst() {
+        let limiter = RateLimiter::new(1_000_000);
+        limiter.take(1000).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let tenths = send(limiter, 1_000_000).await;
+        assert!(tenths[0] <= 180_000, "{} in the first tenth of a second", tenths[0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_of_next_to_nothing_is_no_panic() {
+        let limiter = RateLimiter::new(0);
+        limiter.take(usize::MAX).await;
+        limiter.reserve(usize::MAX);
+        assert!(limiter.reserve(1) > Instant::now());
+        assert_eq!(limiter.slice_bytes(), 1024);
+    }
+}

@@ -140,3 +140,55 @@ impl Body for Outgoing {
         SizeHint::with_exact(self.pieces.len() as u64)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    fn pieces(parts: &[&'static [u8]]) -> Pieces {
+        let mut pieces = Pieces::default();
+        parts.iter().for_each(|part| pieces.push(Bytes::from_static(part)));
+        pieces
+    }
+
+    async fn all(pieces: Pieces) -> Vec<u8> {
+        let body = Outgoing::new(pieces, None, Progress::new());
+        body.collect().await.unwrap().to_bytes().to_vec()
+    }
+
+    #[tokio::test]
+    async fn a_slice_has_the_bytes_of_its_range() {
+        let whole = pieces(&[b"abc", b"", b"d", b"efgh"]);
+        for from in 0..=8 {
+            for to in from..=8 {
+                let slice = whole.slice(from..to);
+                assert_eq!(slice.len(), to - from);
+                assert_eq!(all(slice).await, b"abcdefgh"[from..to]);
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_piece_is_sent_at_the_limit() {
+        let limiter = RateLimiter::new(1_000_000);
+        let progress = Progress::new();
+        let started = Instant::now();
+        let mut body = Outgoing::new(vec![0; 4 << 20].into(), Some(limiter), progress.clone());
+        assert_eq!(body.size_hint().exact(), Some(4 << 20));
+        let mut sent = 0;
+        while let Some(frame) = body.frame().await {
+            sent += frame.unwrap().into_data().unwrap().len();
+            let allowed = started.elapsed().as_secs_f64() * 1e6 + 100_000.0;
+            assert!(sent as f64 <= allowed, "{sent} bytes after {:?}", started.elapsed());
+            assert!(progress.last().elapsed() < Duration::from_millis(1));
+        }
+        assert_eq!(sent, 4 << 20);
+        assert!(body.is_end_stream());
+        let took = started.elapsed().as_secs_f64();
+        assert!((4.0..4.4).contains(&took), "{took}");
+    }
+}
