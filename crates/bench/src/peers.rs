@@ -1,0 +1,116 @@
+//! The other tools, as their users call them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+
+use crate::measure::{Ran, disk_usage, run};
+
+/// What each tool does to compress, for the reader of the table.
+pub const SETTINGS: &str = "restic: repository version 2, compression auto (its default), its cache in place; borg: \
+    --compression zstd,3, encryption repokey, its default chunker; both read the raw image file itself";
+
+/// Debian's restic with a repository of its own.
+pub struct Restic {
+    repository: PathBuf,
+    password: PathBuf,
+    cache: PathBuf,
+}
+
+impl Restic {
+    /// A repository in `dir/NAME`; nothing of it is there before [`Restic::init`].
+    pub fn new(dir: &Path, name: &str, password: &Path) -> Self {
+        let cache = dir.join(format!("{name}-cache"));
+        Self { repository: dir.join(name), password: password.to_owned(), cache }
+    }
+
+    /// Makes the repository, in place of one that is there.
+    pub fn init(&self) -> anyhow::Result<()> {
+        self.remove();
+        rig::tool(self.command().args(["init", "--repository-version", "2"]))?;
+        Ok(())
+    }
+
+    /// Removes the repository.
+    pub fn remove(&self) {
+        for folder in [&self.repository, &self.cache] {
+            let _ = std::fs::remove_dir_all(folder);
+        }
+    }
+
+    /// Backs up a file; with a backup of it in the repository, incrementally.
+    pub fn backup(&self, file: &Path) -> anyhow::Result<Ran> {
+        run(self.command().arg("backup").arg(file))
+    }
+
+    /// Restores the newest backup into a folder.
+    pub fn restore(&self, to: &Path) -> anyhow::Result<Ran> {
+        run(self.command().args(["restore", "latest", "--target"]).arg(to))
+    }
+
+    /// Bytes that the repository takes.
+    pub fn bytes(&self) -> anyhow::Result<f64> {
+        disk_usage(&self.repository)
+    }
+
+    /// Where the repository is.
+    pub fn path(&self) -> &Path {
+        &self.repository
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("restic");
+        command.arg("-r").arg(&self.repository).arg("-p").arg(&self.password);
+        command.arg("--cache-dir").arg(&self.cache).arg("--quiet");
+        command
+    }
+}
+
+/// Borg with a repository of its own.
+pub struct Borg {
+    repository: PathBuf,
+    base: PathBuf,
+    made: u32,
+}
+
+impl Borg {
+    /// A repository in `dir/borg`; nothing of it is there before [`Borg::init`].
+    pub fn new(dir: &Path) -> Self {
+        Self { repository: dir.join("borg"), base: dir.join("borg-base"), made: 0 }
+    }
+
+    /// Makes the repository, in place of one that is there.
+    pub fn init(&self) -> anyhow::Result<()> {
+        self.remove();
+        std::fs::create_dir_all(&self.base).with_context(|| self.base.display().to_string())?;
+        rig::tool(self.command().args(["init", "--encryption", "repokey"]).arg(&self.repository))?;
+        Ok(())
+    }
+
+    /// Removes the repository.
+    pub fn remove(&self) {
+        for folder in [&self.repository, &self.base] {
+            let _ = std::fs::remove_dir_all(folder);
+        }
+    }
+
+    /// Backs up a file; with a backup of it in the repository, only new chunks are stored.
+    pub fn backup(&mut self, file: &Path) -> anyhow::Result<Ran> {
+        self.made += 1;
+        let archive = format!("{}::backup-{}", self.repository.display(), self.made);
+        run(self.command().args(["create", "--compression", "zstd,3"]).arg(archive).arg(file))
+    }
+
+    /// Bytes that the repository takes.
+    pub fn bytes(&self) -> anyhow::Result<f64> {
+        disk_usage(&self.repository)
+    }
+
+    /// Borg with its config and cache in the bench's own folder.
+    fn command(&self) -> Command {
+        let mut command = Command::new("borg");
+        command.env("BORG_PASSPHRASE", "bench").env("BORG_BASE_DIR", &self.base);
+        command
+    }
+}

@@ -1,0 +1,176 @@
+//! The result: one row per figure, with its ratio to the peer's and what is wanted of it.
+
+use std::fmt::{self, Write as _};
+
+/// A figure beside another one.
+pub struct Row {
+    /// What was measured.
+    pub what: String,
+    /// Ours.
+    pub ours: f64,
+    /// The peer and its figure, measured in the same run.
+    pub peer: Option<(String, f64)>,
+    /// The unit of both.
+    pub unit: &'static str,
+    /// What is wanted of the ratio (or of our figure, without a peer).
+    pub wanted: Option<Wanted>,
+}
+
+/// A bound. It is held against the figure as it is printed.
+#[derive(Clone, Copy)]
+pub enum Wanted {
+    /// At most this.
+    AtMost(f64),
+    /// At least this.
+    AtLeast(f64),
+}
+
+/// All rows, and what has to be said about them.
+#[derive(Default)]
+pub struct Table {
+    rows: Vec<Row>,
+    notes: Vec<String>,
+}
+
+impl Table {
+    /// Adds a row and shows it at once.
+    pub fn add(&mut self, row: Row) {
+        eprintln!("{row}");
+        self.rows.push(row);
+    }
+
+    /// Adds a figure without a peer.
+    pub fn figure(&mut self, what: impl Into<String>, ours: f64, unit: &'static str, wanted: Option<Wanted>) {
+        self.add(Row { what: what.into(), ours, peer: None, unit, wanted });
+    }
+
+    /// Adds a sentence below the table.
+    pub fn note(&mut self, note: &str) {
+        eprintln!("note: {note}");
+        self.notes.push(note.to_owned());
+    }
+
+    /// As a table in Markdown.
+    pub fn markdown(&self) -> String {
+        let mut text =
+            String::from("| measured | ours | peer | ratio | wanted | |\n|---|---|---|---|---|---|\n");
+        for row in &self.rows {
+            let peer = row.peer.as_ref().map(|(name, figure)| format!("{name} {figure:.2} {}", row.unit));
+            let ratio = row.ratio().map(|ratio| format!("{ratio:.3}"));
+            let wanted = row.wanted.map(|wanted| wanted.to_string());
+            let mark = row.mark().unwrap_or_default();
+            let _ = writeln!(
+                text,
+                "| {} | {:.2} {} | {} | {} | {} | {mark} |",
+                row.what,
+                row.ours,
+                row.unit,
+                peer.unwrap_or_default(),
+                ratio.unwrap_or_default(),
+                wanted.unwrap_or_default()
+            );
+        }
+        if !self.notes.is_empty() {
+            text.push('\n');
+        }
+        self.notes.iter().for_each(|note| text.push_str(&format!("- {note}\n")));
+        text
+    }
+}
+
+impl Row {
+    fn ratio(&self) -> Option<f64> {
+        self.peer.as_ref().map(|(_, theirs)| self.ours / theirs)
+    }
+
+    /// Whether it is as wanted, if anything is wanted.
+    fn mark(&self) -> Option<&'static str> {
+        let printed = match self.ratio() {
+            Some(ratio) => (ratio * 1000.0).round() / 1000.0,
+            None => (self.ours * 100.0).round() / 100.0,
+        };
+        let met = match self.wanted? {
+            Wanted::AtMost(bound) => printed <= bound,
+            Wanted::AtLeast(bound) => printed >= bound,
+        };
+        Some(if met { "met" } else { "MISSED" })
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(bound) => write!(f, "<= {bound}"),
+            Self::AtLeast(bound) => write!(f, ">= {bound}"),
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<60} {:>10.2} {:<5}", self.what, self.ours, self.unit)?;
+        match (&self.peer, self.ratio()) {
+            (Some((peer, theirs)), Some(ratio)) => {
+                write!(f, " {peer:<12} {theirs:>10.2}  ratio {ratio:>7.3}")?
+            }
+            _ => write!(f, " {:<38}", "")?,
+        }
+        match (self.wanted, self.mark()) {
+            (Some(wanted), Some(mark)) => write!(f, "  wanted {:<8} {mark}", wanted.to_string()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:-<140}", "")?;
+        self.rows.iter().try_for_each(|row| writeln!(f, "{}", row.to_string().trim_end()))?;
+        write!(f, "{:-<140}", "")?;
+        self.notes.iter().try_for_each(|note| write!(f, "\n* {note}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(ours: f64, peer: Option<f64>, wanted: Option<Wanted>) -> Row {
+        Row {
+            what: "full".into(),
+            ours,
+            peer: peer.map(|figure| ("restic".into(), figure)),
+            unit: "s",
+            wanted,
+        }
+    }
+
+    #[test]
+    fn with_a_peer_the_ratio_is_held_against_the_bound() {
+        assert_eq!(row(5.0, Some(10.0), Some(Wanted::AtMost(0.5))).mark(), Some("met"));
+        assert_eq!(row(5.1, Some(10.0), Some(Wanted::AtMost(0.5))).mark(), Some("MISSED"));
+        assert_eq!(row(8.0, Some(10.0), Some(Wanted::AtLeast(0.8))).mark(), Some("met"));
+        assert_eq!(row(7.9, Some(10.0), Some(Wanted::AtLeast(0.8))).mark(), Some("MISSED"));
+    }
+
+    #[test]
+    fn without_one_the_figure_is_as_it_is_printed() {
+        assert_eq!(row(200.0, None, Some(Wanted::AtMost(200.0))).mark(), Some("met"));
+        assert_eq!(row(2.004, None, Some(Wanted::AtMost(2.0))).mark(), Some("met"));
+        assert_eq!(row(2.006, None, Some(Wanted::AtMost(2.0))).mark(), Some("MISSED"));
+        assert_eq!(row(1.0, None, None).mark(), None);
+        assert_eq!(row(f64::NAN, None, Some(Wanted::AtMost(2.0))).mark(), Some("MISSED"));
+    }
+
+    #[test]
+    fn markdown_has_every_row_and_note() {
+        let mut table = Table::default();
+        table.add(row(5.0, Some(10.0), Some(Wanted::AtMost(0.5))));
+        table.figure("memory", 150.0, "MB", None);
+        table.note("warm");
+        let text = table.markdown();
+        assert!(text.contains("| full | 5.00 s | restic 10.00 s | 0.500 | <= 0.5 | met |"), "{text}");
+        assert!(text.contains("| memory | 150.00 MB |  |  |  |  |"), "{text}");
+        assert!(text.ends_with("\n\n- warm\n"), "{text}");
+    }
+}
