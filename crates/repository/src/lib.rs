@@ -51,6 +51,7 @@ use id::Id;
 use index::Index;
 use manifest::DEFINITION_FILE;
 use pack::Opener;
+use reader::Tools;
 use rustic::Store;
 use tree::TreeFile;
 
@@ -108,8 +109,8 @@ impl Repository {
     fn read_tree(&self, id: &Id) -> Result<Vec<TreeFile>, String> {
         let location = self.index().tree(id);
         let location = location.ok_or_else(|| self.not_indexed("its list of files"))?;
-        let mut stored = self.store.read_pack(&location.pack, location.offset, location.len)?;
-        let mut json = Vec::new();
+        let (mut stored, mut json) = (Vec::new(), Vec::new());
+        self.store.read_pack(&location.pack, location.offset, location.len, &mut stored)?;
         Opener::new(self.store.cipher().clone())
             .map_err(|error| error.to_string())?
             .open(id, location.raw_len, &mut stored, &mut json)
@@ -118,13 +119,14 @@ impl Repository {
         tree::decode(&json).map_err(|why| format!("its list of files is damaged: {why}"))
     }
 
-    /// One chunk into `raw`; else what is wrong with it.
-    fn read_chunk(&self, opener: &mut Opener, id: &Id, raw: &mut Vec<u8>) -> Result<(), String> {
+    /// One chunk into `tools.raw`; else what is wrong with it.
+    fn read_chunk(&self, tools: &mut Tools, id: &Id) -> Result<(), String> {
         let location = self.index().data(id);
         let location = location.ok_or_else(|| self.not_indexed("the chunk"))?;
-        let mut stored = self.store.read_pack(&location.pack, location.offset, location.len)?;
+        let Tools { opener, stored, raw } = tools;
+        self.store.read_pack(&location.pack, location.offset, location.len, stored)?;
         opener
-            .open(id, location.raw_len, &mut stored, raw)
+            .open(id, location.raw_len, stored, raw)
             .map_err(|why| format!("pack {} is damaged: {why}", BackupId(location.pack).short()))
     }
 
@@ -142,11 +144,11 @@ impl Repository {
     fn read_small_file(&self, files: &[TreeFile], name: &str) -> Result<Vec<u8>, String> {
         let file =
             files.iter().find(|file| file.name == name).ok_or_else(|| format!("it has no file {name}"))?;
-        let mut opener = Opener::new(self.store.cipher().clone()).map_err(|error| error.to_string())?;
-        let (mut whole, mut chunk) = (Vec::new(), Vec::new());
+        let mut tools = Tools::new(self.store.cipher()).map_err(|error| error.to_string())?;
+        let mut whole = Vec::new();
         for id in &file.content {
-            self.read_chunk(&mut opener, id, &mut chunk).map_err(|why| format!("its file {name}: {why}"))?;
-            whole.extend_from_slice(&chunk);
+            self.read_chunk(&mut tools, id).map_err(|why| format!("its file {name}: {why}"))?;
+            whole.extend_from_slice(&tools.raw);
         }
         Ok(whole)
     }

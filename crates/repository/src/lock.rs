@@ -17,6 +17,7 @@ use model::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::id::Id;
 use crate::rustic::Store;
 
 const REFRESH: Duration = Duration::from_secs(5 * 60);
@@ -157,7 +158,12 @@ fn excluded(store: &Store, ours: &Path) -> Result<Option<String>, Error> {
     let folder = store.lock_folder();
     let entries = fs::read_dir(&folder).map_err(|source| Error::io("cannot read", &folder, source))?;
     let now = Timestamp::from(SystemTime::now());
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path != ours) {
+    // A file that is still being written has another name than its hash: it is nobody's business yet.
+    let is_named = |path: &PathBuf| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<Id>().is_ok())
+    };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    for path in paths.filter(|path| path != ours).filter(is_named) {
         // One that is gone again, or is no lock of this repository, excludes nobody.
         let Some(lock) =
             store.read_lock(&path).and_then(|json| serde_json::from_slice::<LockJson>(&json).ok())

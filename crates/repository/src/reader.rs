@@ -18,12 +18,13 @@ use crate::shape::{Shape, index_of};
 /// What a thread needs to read chunks.
 pub(crate) struct Tools {
     pub(crate) opener: Opener,
+    pub(crate) stored: Vec<u8>,
     pub(crate) raw: Vec<u8>,
 }
 
 impl Tools {
     pub(crate) fn new(cipher: &Cipher) -> io::Result<Self> {
-        Ok(Self { opener: Opener::new(cipher.clone())?, raw: Vec::new() })
+        Ok(Self { opener: Opener::new(cipher.clone())?, stored: Vec::new(), raw: Vec::new() })
     }
 }
 
@@ -145,7 +146,7 @@ impl BackupReader {
             return Ok(known);
         }
         let mut tools = Tools::new(self.repository.store.cipher()).map_err(|error| error.to_string())?;
-        self.repository.read_chunk(&mut tools.opener, id, &mut tools.raw)?;
+        self.repository.read_chunk(&mut tools, id)?;
         let chunk = Arc::new(tools.raw);
         self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(*id, chunk.clone());
         Ok(chunk)

@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -166,12 +167,22 @@ impl Store {
         Ok(ids.into_iter().map(|(id, size)| (from_rustic(id), size)).collect())
     }
 
-    /// A part of a pack, as it is stored.
-    pub(crate) fn read_pack(&self, pack: &Id, offset: u32, len: u32) -> Result<Vec<u8>, String> {
-        self.backend
-            .read_partial(FileType::Pack, &to_rustic(pack), false, offset, len)
-            .map(Vec::from)
-            .map_err(|error| format!("pack {} cannot be read: {}", short(pack), first_line(&error)))
+    /// A part of a pack, as it is stored, into `stored`; else what is wrong with the pack.
+    pub(crate) fn read_pack(
+        &self,
+        pack: &Id,
+        offset: u32,
+        len: u32,
+        stored: &mut Vec<u8>,
+    ) -> Result<(), String> {
+        stored.resize(len as usize, 0);
+        fs::File::open(self.path_of(FileKind::Pack, pack))
+            .and_then(|file| file.read_exact_at(stored, offset.into()))
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => format!("pack {} is missing", short(pack)),
+                io::ErrorKind::UnexpectedEof => format!("pack {} is too short", short(pack)),
+                _ => format!("pack {} cannot be read: {error}", short(pack)),
+            })
     }
 
     /// Writes a file under its hash; it is durable when this returns.

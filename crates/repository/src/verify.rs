@@ -195,7 +195,7 @@ impl Repository {
         let checked = &*checked;
         let work = |tools: &mut reader::Tools, id: &Id| {
             let result = self.is_placed(id, checked).and_then(|()| match read_data {
-                true => self.read_chunk(&mut tools.opener, id, &mut tools.raw),
+                true => self.read_chunk(tools, id),
                 false => Ok(()),
             });
             match result {

@@ -126,13 +126,13 @@ impl Repository {
             seconds: began.elapsed().as_secs_f64(),
             tree,
         };
-        backup.id = self.list_backup(&backup, &packer)?;
+        backup.id = self.list_backup(&backup, &packer, counts.chunks_added)?;
         Ok(BackupReport {
             bytes_read: backup.bytes_read,
             bytes_added: backup.bytes_added,
             chunks: plans.iter().map(|plan| plan.shape.chunk_count()).sum(),
             chunks_read: counts.chunks_read,
-            chunks_added: packer.chunks_added(),
+            chunks_added: counts.chunks_added,
             incremental_disks: plans.iter().filter(|plan| plan.incremental).count(),
             seconds: began.elapsed().as_secs_f64(),
             backup,
@@ -168,7 +168,7 @@ impl Repository {
         let manifest_json = serde_json::to_vec_pretty(&manifest).map_err(encode)?;
         let definition_json = serde_json::to_vec_pretty(&meta.definition).map_err(encode)?;
         for (name, json) in [(MANIFEST_FILE, manifest_json), (DEFINITION_FILE, definition_json)] {
-            let content = vec![run.store_blob(&json, full)?];
+            let content = vec![run.store_file(&json, full)?];
             files.push(TreeFile { name: name.into(), size_bytes: json.len() as u64, content });
         }
         let mut blob = TreeBlob::new(self.store.cipher().clone())
@@ -187,7 +187,12 @@ impl Repository {
     }
 
     /// Writes the snapshot file. From here on the backup is listed.
-    fn list_backup(&self, backup: &BackupInfo, packer: &Packer<'_>) -> Result<BackupId, Error> {
+    fn list_backup(
+        &self,
+        backup: &BackupInfo,
+        packer: &Packer<'_>,
+        chunks_added: u64,
+    ) -> Result<BackupId, Error> {
         let meta = BackupMeta {
             vm: backup.vm,
             vm_name: backup.vm_name.clone(),
@@ -228,7 +233,7 @@ impl Repository {
             disk_bytes: backup.disk_bytes(),
             raw_bytes_added: packer.raw_bytes_added(),
             packed_bytes_added: packer.bytes_added(),
-            chunks_added: packer.chunks_added(),
+            chunks_added,
         };
         self.store.write_snapshot(snapshot, summary).map(BackupId)
     }

@@ -29,7 +29,6 @@ pub(crate) struct Packer<'a> {
     written: Mutex<Vec<IndexedPack>>,
     bytes_added: AtomicU64,
     raw_bytes_added: AtomicU64,
-    chunks_added: AtomicU64,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -46,7 +45,6 @@ impl<'a> Packer<'a> {
             written: Mutex::default(),
             bytes_added: AtomicU64::new(0),
             raw_bytes_added: AtomicU64::new(0),
-            chunks_added: AtomicU64::new(0),
         }
     }
 
@@ -63,7 +61,6 @@ impl<'a> Packer<'a> {
 
     /// Adds a chunk; gives the pack to write if it is full now.
     pub(crate) fn add(&self, blob: &SealedBlob<'_>, raw_bytes: usize) -> Option<PackBuilder> {
-        self.chunks_added.fetch_add(1, Ordering::Relaxed);
         self.raw_bytes_added.fetch_add(raw_bytes as u64, Ordering::Relaxed);
         let mut open = locked(&self.open);
         open.add(blob).then(|| std::mem::replace(&mut *open, PackBuilder::new(BlobKind::Data)))
@@ -108,10 +105,6 @@ impl<'a> Packer<'a> {
     /// Bytes of chunks before compression.
     pub(crate) fn raw_bytes_added(&self) -> u64 {
         self.raw_bytes_added.load(Ordering::Relaxed)
-    }
-    /// Chunks stored.
-    pub(crate) fn chunks_added(&self) -> u64 {
-        self.chunks_added.load(Ordering::Relaxed)
     }
 }
 

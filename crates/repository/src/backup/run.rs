@@ -36,14 +36,16 @@ pub(crate) struct Run<'a> {
     done_bytes: AtomicU64,
     read_bytes: AtomicU64,
     chunks_read: AtomicU64,
+    chunks_added: AtomicU64,
     total_bytes: u64,
 }
 
-/// What a run has read.
+/// What a run has read and stored.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Counts {
     pub(crate) read_bytes: u64,
     pub(crate) chunks_read: u64,
+    pub(crate) chunks_added: u64,
 }
 
 /// What takes full packs.
@@ -67,6 +69,7 @@ impl<'a> Run<'a> {
             done_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             chunks_read: AtomicU64::new(0),
+            chunks_added: AtomicU64::new(0),
             total_bytes: plans.iter().map(DiskPlan::dirty_bytes).sum(),
         })
     }
@@ -75,6 +78,7 @@ impl<'a> Run<'a> {
         Counts {
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             chunks_read: self.chunks_read.load(Ordering::Relaxed),
+            chunks_added: self.chunks_added.load(Ordering::Relaxed),
         }
     }
 
@@ -217,8 +221,11 @@ impl<'a> Run<'a> {
         for chunk in piece.chunks.clone() {
             let bytes = plan.shape.bytes_of(&(chunk..chunk + 1));
             self.read(piece, bytes.start, bytes.end, buffer)?;
-            let id =
-                if is_zero(buffer) { plan.shape.zero_id(chunk) } else { self.store(buffer, sealer, full)? };
+            let id = if is_zero(buffer) {
+                plan.shape.zero_id(chunk)
+            } else {
+                self.store_chunk(buffer, sealer, full)?
+            };
             ids.push(id);
             self.done_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         }
@@ -249,31 +256,38 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn store(&self, raw: &[u8], sealer: &mut Sealer, full: Full<'_>) -> Result<Id, Error> {
+    /// Stores bytes unless the repository has them; says whether it did.
+    fn store(&self, raw: &[u8], sealer: &mut Sealer, full: Full<'_>) -> Result<(Id, bool), Error> {
         let id = Id::of(raw);
-        if self.packer.claim(&id) {
-            let blob = sealer.seal(id, raw).map_err(cannot_compress)?;
-            if let Some(pack) = self.packer.add(&blob, raw.len()) {
-                full(pack)?;
-            }
+        if !self.packer.claim(&id) {
+            return Ok((id, false));
         }
+        let blob = sealer.seal(id, raw).map_err(cannot_compress)?;
+        self.packer.add(&blob, raw.len()).map_or(Ok(()), full)?;
+        Ok((id, true))
+    }
+
+    fn store_chunk(&self, raw: &[u8], sealer: &mut Sealer, full: Full<'_>) -> Result<Id, Error> {
+        let (id, new) = self.store(raw, sealer, full)?;
+        self.chunks_added.fetch_add(u64::from(new), Ordering::Relaxed);
         Ok(id)
     }
 
     /// Stores a small file's bytes.
-    pub(crate) fn store_blob(&self, raw: &[u8], full: Full<'_>) -> Result<Id, Error> {
+    pub(crate) fn store_file(&self, raw: &[u8], full: Full<'_>) -> Result<Id, Error> {
         let mut sealer = self.sealer.lock().unwrap_or_else(PoisonError::into_inner);
-        self.store(raw, &mut sealer, full)
+        Ok(self.store(raw, &mut sealer, full)?.0)
     }
 
     /// Chunks of zeros are nobody's work; each of them that is in use is stored once.
     pub(crate) fn store_zeros(&self, full: Full<'_>) -> Result<(), Error> {
+        let mut sealer = self.sealer.lock().unwrap_or_else(PoisonError::into_inner);
         for plan in self.plans {
             let Some(last) = plan.shape.chunk_count().checked_sub(1) else { continue };
             for chunk in [0, last] {
                 let bytes = plan.shape.bytes_of(&(chunk..chunk + 1));
                 if plan.uses(&plan.shape.zero_id(chunk)) {
-                    self.store_blob(&vec![0; index_of(bytes.end - bytes.start)], full)?;
+                    self.store_chunk(&vec![0; index_of(bytes.end - bytes.start)], &mut sealer, full)?;
                 }
             }
         }

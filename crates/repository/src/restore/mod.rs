@@ -274,7 +274,7 @@ impl Repository {
         let work = |tools: &mut reader::Tools, run: &std::ops::Range<u64>| {
             for chunk in run.clone() {
                 let bytes = job.shape.bytes_of(&(chunk..chunk + 1));
-                let read = self.read_chunk(&mut tools.opener, &job.ids[index_of(chunk)], &mut tools.raw);
+                let read = self.read_chunk(tools, &job.ids[index_of(chunk)]);
                 let read = read.and_then(|()| match tools.raw.len() as u64 == bytes.end - bytes.start {
                     true => Ok(()),
                     false => Err("the chunk has another length than its place".to_owned()),

@@ -63,8 +63,14 @@ impl Layout {
                 if used { l2_tables - 1 } else { NO_DATA }
             })
             .collect();
+        // The last chunk of a disk may be short; it is the last in the file too.
+        let last_has_data = rank.last().is_some_and(|rank| *rank != NO_DATA);
+        let unused = match size_bytes.div_ceil(CLUSTER) % chunk_clusters {
+            short if short > 0 && last_has_data => chunk_clusters - short,
+            _ => 0,
+        };
         let l1_clusters = (l1_entries * 8).div_ceil(CLUSTER);
-        let fixed = 1 + l1_clusters + l2_tables + data_chunks * chunk_clusters;
+        let fixed = 1 + l1_clusters + l2_tables + data_chunks * chunk_clusters - unused;
         let (refcount_table_clusters, refcount_blocks) = refcounts_for(fixed);
         let refcount_table = 1 + l1_clusters;
         let first_l2 = refcount_table + refcount_table_clusters + refcount_blocks;
