@@ -82,6 +82,15 @@ pub enum ErrorKind {
     /// A write to a read-only export.
     #[error("the export is read-only")]
     ReadOnly,
+    /// The server cannot listen.
+    #[error("cannot listen on {0}; the folder must exist, and no other server may use the socket")]
+    Listen(String),
+    /// The server shows another disk under the name.
+    #[error("the server has an export of that name; remove it first, or take another name")]
+    NameTaken,
+    /// The server was served before.
+    #[error("the server was served already; bind a new one")]
+    Served,
 }
 
 /// Results of this crate.

@@ -18,11 +18,15 @@ pub mod codec;
 
 mod client;
 mod dirty;
+mod disk;
 mod error;
 mod plan;
+mod server;
 
 pub use client::{Client, Pool};
 pub use codec::{BlockSizes, Errno, ExportFlags, StatusExtent};
 pub use dirty::{BASE_ALLOCATION, DirtyExtent, DirtyScan, dirty_extents};
+pub use disk::{CowDisk, Disk, FileDisk};
 pub use error::{Error, ErrorKind, Result};
 pub use plan::{ReadRequest, read_plan};
+pub use server::{Limits, Server};

@@ -280,6 +280,16 @@ impl Info {
     }
 }
 
+/// The answer to [`OptionCode::EXPORT_NAME`], which has no header; with the padding that clients before
+/// [`handshake_flags::NO_ZEROES`] expect.
+#[must_use]
+pub fn encode_opened(size_bytes: u64, flags: ExportFlags, padded: bool) -> Vec<u8> {
+    let mut out = size_bytes.to_be_bytes().to_vec();
+    out.extend_from_slice(&flags.0.to_be_bytes());
+    out.resize(out.len() + if padded { 124 } else { 0 }, 0);
+    out
+}
+
 /// Asks for metadata contexts of an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetaRequest {

@@ -8,7 +8,7 @@ mod transmission;
 
 pub use handshake::{
     Greeting, Info, ListedExport, MetaContext, MetaRequest, OpenRequest, OptionCode, OptionHeader,
-    OptionReplyHeader, ReplyCode, handshake_flags, info_code,
+    OptionReplyHeader, ReplyCode, encode_opened, handshake_flags, info_code,
 };
 pub use transmission::{
     ChunkHeader, ChunkKind, Command, ErrorChunk, HoleChunk, ReplyHeader, Request, StatusChunk, command_flags,
@@ -121,6 +121,18 @@ impl StatusExtent {
     pub const ZERO: u32 = 1 << 1;
     /// In `qemu:dirty-bitmap:NAME`: dirty.
     pub const DIRTY: u32 = 1 << 0;
+
+    /// In `base:allocation`: bytes that have to be read.
+    #[must_use]
+    pub const fn data(len: u64) -> Self {
+        Self { len, flags: 0 }
+    }
+
+    /// In `base:allocation`: not allocated, and reads as zeros.
+    #[must_use]
+    pub const fn zeros(len: u64) -> Self {
+        Self { len, flags: Self::HOLE | Self::ZERO }
+    }
 
     /// Whether all of `bits` are set.
     #[must_use]

@@ -302,7 +302,7 @@ impl StatusChunk {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new("a block status chunk", bytes);
         let context = cursor.u32()?;
-        if cursor.remaining() == 0 || cursor.remaining() % 8 != 0 {
+        if cursor.remaining() == 0 || !cursor.remaining().is_multiple_of(8) {
             return Err(DecodeError::Invalid("a block status chunk holds no whole number of extents"));
         }
         let mut extents = Vec::with_capacity(cursor.remaining() / 8);

@@ -1,0 +1,110 @@
+//! Which disks a server shows, by name, and who uses them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::codec::{ExportFlags, NAME_BYTES_MAX};
+use crate::disk::Disk;
+use crate::error::{Cause, ErrorKind, Result};
+
+/// A disk under its name.
+pub(super) struct Export {
+    pub name: String,
+    pub disk: Arc<dyn Disk>,
+    pub size_bytes: u64,
+    pub read_only: bool,
+    /// Set when it is shown no longer.
+    pub ended: CancellationToken,
+    users: TaskTracker,
+}
+
+impl Export {
+    /// What clients are told. One disk stands behind all connections and a flush covers what was completed
+    /// on any of them, so that there may always be several.
+    pub fn flags(&self, structured: bool) -> ExportFlags {
+        let mut bits = ExportFlags::HAS_FLAGS | ExportFlags::CAN_MULTI_CONN | ExportFlags::SEND_FLUSH;
+        bits |= if self.read_only {
+            ExportFlags::READ_ONLY
+        } else {
+            ExportFlags::SEND_FUA | ExportFlags::SEND_TRIM | ExportFlags::SEND_WRITE_ZEROES
+        };
+        if structured {
+            bits |= ExportFlags::SEND_DF;
+        }
+        ExportFlags(bits)
+    }
+}
+
+/// An export that is in use: it is gone only when the last of these is.
+pub(super) struct Use {
+    pub export: Arc<Export>,
+    _token: TaskTrackerToken,
+}
+
+impl fmt::Debug for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Use").field("export", &self.export.name).finish_non_exhaustive()
+    }
+}
+
+/// All of them.
+#[derive(Default)]
+pub(super) struct Exports {
+    by_name: RwLock<BTreeMap<String, Arc<Export>>>,
+}
+
+impl Exports {
+    pub fn add(&self, name: &str, disk: Arc<dyn Disk>, ended: CancellationToken) -> Result<()> {
+        let failed = |kind: ErrorKind| Err(Cause::from(kind).error(name, "add", None));
+        if name.len() > NAME_BYTES_MAX || name.contains('\0') {
+            let (what, len, max) = ("a name", name.len() as u64, NAME_BYTES_MAX as u64);
+            return failed(ErrorKind::TooLong { what, len, max });
+        }
+        let (size_bytes, read_only) = (disk.size_bytes(), disk.is_read_only());
+        if size_bytes > i64::MAX as u64 {
+            let (what, len, max) = ("a disk", size_bytes, i64::MAX as u64);
+            return failed(ErrorKind::TooLong { what, len, max });
+        }
+        let mut by_name = self.by_name.write().unwrap_or_else(PoisonError::into_inner);
+        if by_name.contains_key(name) {
+            return failed(ErrorKind::NameTaken);
+        }
+        let name = name.to_owned();
+        let users = TaskTracker::new();
+        let export = Export { name: name.clone(), disk, size_bytes, read_only, ended, users };
+        by_name.insert(name, Arc::new(export));
+        Ok(())
+    }
+
+    /// Takes it out, ends its connections and waits until nobody uses it.
+    pub async fn remove(&self, name: &str) -> bool {
+        let taken = self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let Some(export) = taken else { return false };
+        export.ended.cancel();
+        export.users.close();
+        export.users.wait().await;
+        true
+    }
+
+    pub fn get(&self, name: &str) -> Option<Arc<Export>> {
+        self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// For a client that opens it. The use is counted while the table is locked: who has taken the export
+    /// out of it waits for just those that were counted before.
+    pub fn open(&self, name: &str) -> Option<Use> {
+        let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
+        let export = by_name.get(name)?.clone();
+        let token = export.users.token();
+        Some(Use { export, _token: token })
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.by_name.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+}
