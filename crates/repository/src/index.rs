@@ -8,9 +8,10 @@ use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::crypto::SEAL_BYTES;
 use crate::error::Error;
 use crate::id::{ById, Id};
-use crate::pack::{BlobKind, Pack, PackedBlob};
+use crate::pack::{BlobKind, PackedBlob};
 use crate::rustic::{FileKind, Store};
 
 /// Where a blob is.
@@ -23,6 +24,16 @@ pub(crate) struct Location {
     pub(crate) raw_len: u32,
     /// Whether the pack is there.
     pub(crate) present: bool,
+}
+
+impl Location {
+    /// How long the blob is before compression.
+    pub(crate) fn raw_bytes(&self) -> usize {
+        match self.raw_len {
+            0 => (self.len as usize).saturating_sub(SEAL_BYTES),
+            raw_len => raw_len as usize,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -150,12 +161,6 @@ pub(crate) struct IndexedPack {
     pub(crate) id: Id,
     pub(crate) kind: BlobKind,
     pub(crate) blobs: Vec<PackedBlob>,
-}
-
-impl From<Pack> for IndexedPack {
-    fn from(pack: Pack) -> Self {
-        Self { id: pack.id, kind: pack.kind, blobs: pack.blobs }
-    }
 }
 
 /// Writes an index file that names these packs; durable when this returns.

@@ -18,6 +18,7 @@
 
 mod backup;
 mod crypto;
+mod direct;
 mod error;
 mod id;
 mod index;
@@ -109,7 +110,7 @@ impl Repository {
     fn read_tree(&self, id: &Id) -> Result<Vec<TreeFile>, String> {
         let location = self.index().tree(id);
         let location = location.ok_or_else(|| self.not_indexed("its list of files"))?;
-        let (mut stored, mut json) = (Vec::new(), Vec::new());
+        let (mut stored, mut json) = (Vec::new(), vec![0; location.raw_bytes()]);
         self.store.read_pack(&location.pack, location.offset, location.len, &mut stored)?;
         Opener::new(self.store.cipher().clone())
             .map_err(|error| error.to_string())?
@@ -119,11 +120,17 @@ impl Repository {
         tree::decode(&json).map_err(|why| format!("its list of files is damaged: {why}"))
     }
 
-    /// One chunk into `tools.raw`; else what is wrong with it.
-    fn read_chunk(&self, tools: &mut Tools, id: &Id) -> Result<(), String> {
+    /// How long a chunk is; else what is wrong with it.
+    fn chunk_bytes(&self, id: &Id) -> Result<usize, String> {
+        let location = self.index().data(id);
+        location.map(|location| location.raw_bytes()).ok_or_else(|| self.not_indexed("the chunk"))
+    }
+
+    /// One chunk into `raw`, which it fills; else what is wrong with it.
+    fn read_chunk(&self, tools: &mut Tools, id: &Id, raw: &mut [u8]) -> Result<(), String> {
         let location = self.index().data(id);
         let location = location.ok_or_else(|| self.not_indexed("the chunk"))?;
-        let Tools { opener, stored, raw } = tools;
+        let Tools { opener, stored } = tools;
         self.store.read_pack(&location.pack, location.offset, location.len, stored)?;
         opener
             .open(id, location.raw_len, stored, raw)
@@ -147,8 +154,10 @@ impl Repository {
         let mut tools = Tools::new(self.store.cipher()).map_err(|error| error.to_string())?;
         let mut whole = Vec::new();
         for id in &file.content {
-            self.read_chunk(&mut tools, id).map_err(|why| format!("its file {name}: {why}"))?;
-            whole.extend_from_slice(&tools.raw);
+            let damaged = |why| format!("its file {name}: {why}");
+            let start = whole.len();
+            whole.resize(start + self.chunk_bytes(id).map_err(damaged)?, 0);
+            self.read_chunk(&mut tools, id, &mut whole[start..]).map_err(damaged)?;
         }
         Ok(whole)
     }

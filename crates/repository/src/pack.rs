@@ -4,6 +4,7 @@
 //! Its name is the SHA-256 of all that.
 
 use crate::crypto::{Cipher, NONCE_BYTES, SEAL_BYTES, sealed};
+use crate::direct::Aligned;
 use crate::id::Id;
 
 /// A pack is closed once it has this many bytes: restic's own target size.
@@ -40,7 +41,7 @@ pub(crate) struct SealedBlob<'a> {
 /// A pack that is being filled.
 pub(crate) struct PackBuilder {
     kind: BlobKind,
-    bytes: Vec<u8>,
+    bytes: Aligned,
     blobs: Vec<PackedBlob>,
 }
 
@@ -48,13 +49,15 @@ pub(crate) struct PackBuilder {
 pub(crate) struct Pack {
     pub(crate) id: Id,
     pub(crate) kind: BlobKind,
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Aligned,
     pub(crate) blobs: Vec<PackedBlob>,
 }
 
 impl PackBuilder {
-    pub(crate) fn new(kind: BlobKind) -> Self {
-        Self { kind, bytes: Vec::new(), blobs: Vec::new() }
+    /// An empty pack, in a buffer that may have been another's.
+    pub(crate) fn new(kind: BlobKind, mut buffer: Aligned) -> Self {
+        buffer.clear();
+        Self { kind, bytes: buffer, blobs: Vec::new() }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -64,17 +67,22 @@ impl PackBuilder {
     /// Adds a blob; true once the pack is full. A blob is far smaller than 4 GiB, and a pack is closed long
     /// before that, so the format's 32 bits are enough.
     pub(crate) fn add(&mut self, blob: &SealedBlob<'_>) -> bool {
-        if self.bytes.capacity() == 0 && blob.bytes.len() < PACK_BYTES {
-            self.bytes.reserve_exact(PACK_BYTES + PACK_BYTES / 8);
-        }
         self.blobs.push(PackedBlob {
             id: blob.id,
             offset: u32_of(self.bytes.len()),
             len: u32_of(blob.bytes.len()),
             raw_len: blob.raw_len,
         });
-        self.bytes.extend_from_slice(blob.bytes);
+        self.append(blob.bytes);
         self.bytes.len() >= PACK_BYTES
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        // Once the first blob shows that it will not be a small pack, it gets room for a full one and its
+        // last blob.
+        let full = PACK_BYTES + PACK_BYTES / 8;
+        let grown = 2 * self.bytes.len();
+        self.bytes.append(bytes, if grown > (1 << 20) { full } else { grown });
     }
 
     /// Closes the pack: header, length, name. Hashing it is the larger part, so call it off the hot path.
@@ -95,8 +103,8 @@ impl PackBuilder {
             header.extend_from_slice(&blob.id.0);
         }
         let header = sealed(cipher, &header);
-        self.bytes.extend_from_slice(&header);
-        self.bytes.extend_from_slice(&u32_of(header.len()).to_le_bytes());
+        self.append(&header);
+        self.append(&u32_of(header.len()).to_le_bytes());
         Pack { id: Id::of(&self.bytes), kind: self.kind, bytes: self.bytes, blobs: self.blobs }
     }
 }
@@ -147,23 +155,28 @@ impl Opener {
         Ok(Self { cipher, decompressor: zstd::bulk::Decompressor::new()? })
     }
 
-    /// What a stored blob holds, checked against its id, into `raw`; else what is wrong with it.
+    /// What a stored blob holds, checked against its id, into `raw`, which it fills; else what is wrong.
     pub(crate) fn open(
         &mut self,
         id: &Id,
         raw_len: u32,
         stored: &mut [u8],
-        raw: &mut Vec<u8>,
+        raw: &mut [u8],
     ) -> Result<(), &'static str> {
+        const OTHER_LENGTH: &str = "it has another length than its place";
         let plain = self.cipher.open(stored).map_err(|_| "its bytes have changed (the MAC does not fit)")?;
-        raw.clear();
         if raw_len == 0 {
-            raw.extend_from_slice(plain);
+            if plain.len() != raw.len() {
+                return Err(OTHER_LENGTH);
+            }
+            raw.copy_from_slice(plain);
         } else {
-            raw.reserve(raw_len as usize);
-            self.decompressor.decompress_to_buffer(plain, raw).map_err(|_| "it cannot be decompressed")?;
-            if raw.len() != raw_len as usize {
-                return Err("it has another length than the index says");
+            if raw_len as usize != raw.len() {
+                return Err(OTHER_LENGTH);
+            }
+            let len = self.decompressor.decompress_to_buffer(plain, raw);
+            if len.map_err(|_| "it cannot be decompressed")? != raw.len() {
+                return Err(OTHER_LENGTH);
             }
         }
         if Id::of(raw) == *id { Ok(()) } else { Err("its bytes have another hash than its name") }

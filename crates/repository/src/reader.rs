@@ -19,12 +19,11 @@ use crate::shape::{Shape, index_of};
 pub(crate) struct Tools {
     pub(crate) opener: Opener,
     pub(crate) stored: Vec<u8>,
-    pub(crate) raw: Vec<u8>,
 }
 
 impl Tools {
     pub(crate) fn new(cipher: &Cipher) -> io::Result<Self> {
-        Ok(Self { opener: Opener::new(cipher.clone())?, stored: Vec::new(), raw: Vec::new() })
+        Ok(Self { opener: Opener::new(cipher.clone())?, stored: Vec::new() })
     }
 }
 
@@ -146,8 +145,9 @@ impl BackupReader {
             return Ok(known);
         }
         let mut tools = Tools::new(self.repository.store.cipher()).map_err(|error| error.to_string())?;
-        self.repository.read_chunk(&mut tools, id)?;
-        let chunk = Arc::new(tools.raw);
+        let mut raw = vec![0; self.repository.chunk_bytes(id)?];
+        self.repository.read_chunk(&mut tools, id, &mut raw)?;
+        let chunk = Arc::new(raw);
         self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(*id, chunk.clone());
         Ok(chunk)
     }

@@ -7,7 +7,7 @@
 //! that was listed.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use rustic_core::{
 };
 
 use crate::crypto::{Cipher, sealed};
+use crate::direct::DirectFile;
 use crate::error::Error;
 use crate::id::Id;
 
@@ -380,15 +381,15 @@ impl Durable {
         temporary.push("-tmp-");
         let temporary = PathBuf::from(temporary);
         let written = (|| {
-            let mut file = match fs::File::create(&temporary) {
+            let file = match DirectFile::create(&temporary) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     fs::create_dir_all(folder)?;
                     sync_folder(folder.parent().unwrap_or(&self.path))?;
-                    fs::File::create(&temporary)?
+                    DirectFile::create(&temporary)?
                 }
                 created => created?,
             };
-            file.write_all(bytes)?;
+            file.write_all_at(bytes, 0)?;
             file.sync_all()?;
             fs::rename(&temporary, path)
         })();

@@ -193,14 +193,17 @@ impl Repository {
             }
         }
         let checked = &*checked;
-        let work = |tools: &mut reader::Tools, id: &Id| {
-            let result = self.is_placed(id, checked).and_then(|()| match read_data {
-                true => self.read_chunk(tools, id),
-                false => Ok(()),
+        let work = |(tools, raw): &mut (reader::Tools, Vec<u8>), id: &Id| {
+            let result = self.is_placed(id, checked).and_then(|()| {
+                if read_data {
+                    raw.resize(self.chunk_bytes(id)?, 0);
+                    self.read_chunk(tools, id, raw)?;
+                }
+                Ok(())
             });
             match result {
                 Ok(()) => {
-                    checked.bytes_read.fetch_add(tools.raw.len() as u64, Ordering::Relaxed);
+                    checked.bytes_read.fetch_add(raw.len() as u64, Ordering::Relaxed);
                 }
                 Err(why) => {
                     checked.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(*id, why);
@@ -209,7 +212,7 @@ impl Repository {
             Ok(())
         };
         let tools = (0..parallel::threads())
-            .map(|_| reader::Tools::new(self.store.cipher()))
+            .map(|_| Ok((reader::Tools::new(self.store.cipher())?, Vec::new())))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(|source| Error::io("cannot read", self.path(), source))?;
         let tick = || progress(checked.bytes_read.load(Ordering::Relaxed));

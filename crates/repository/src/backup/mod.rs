@@ -22,6 +22,7 @@ use std::time::{Instant, SystemTime};
 use model::{PointInfo, Timestamp, VmId, VmName};
 
 use crate::Repository;
+use crate::direct::Aligned;
 use crate::error::Error;
 use crate::id::{BackupId, Id};
 use crate::info::{BackupInfo, Description, TAG};
@@ -179,7 +180,7 @@ impl Repository {
         let blob = blob.finish().map_err(|source| Error::io("cannot compress for", self.path(), source))?;
         let id = blob.id;
         if self.index().tree(&id).is_none_or(|location| !location.present) {
-            let mut pack = PackBuilder::new(BlobKind::Tree);
+            let mut pack = PackBuilder::new(BlobKind::Tree, Aligned::default());
             pack.add(&blob.sealed());
             full(pack)?;
         }

@@ -8,10 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use sha2::{Digest, Sha256};
 
 use crate::crypto::{Cipher, NONCE_BYTES, SEAL_BYTES};
+use crate::direct::Aligned;
 use crate::error::Error;
 use crate::id::{ById, Id};
 use crate::index::{Index, IndexedPack, write_index_file};
-use crate::pack::{BlobKind, PackBuilder, SealedBlob};
+use crate::pack::{BlobKind, Pack, PackBuilder, SealedBlob};
 use crate::rustic::{FileKind, Store};
 
 /// An index file is written once it would name this many blobs: so a long run that is killed has not worked
@@ -23,6 +24,8 @@ pub(crate) struct Packer<'a> {
     store: &'a Store,
     index: &'a RwLock<Index>,
     open: Mutex<PackBuilder>,
+    /// Buffers of packs that are written, to be filled again.
+    spare: Mutex<Vec<Aligned>>,
     /// What this run has claimed to store.
     fresh: Mutex<HashSet<Id, ById>>,
     /// Durable packs that no index file names yet.
@@ -40,7 +43,8 @@ impl<'a> Packer<'a> {
         Self {
             store,
             index,
-            open: Mutex::new(PackBuilder::new(BlobKind::Data)),
+            open: Mutex::new(PackBuilder::new(BlobKind::Data, Aligned::default())),
+            spare: Mutex::default(),
             fresh: Mutex::default(),
             written: Mutex::default(),
             bytes_added: AtomicU64::new(0),
@@ -63,23 +67,28 @@ impl<'a> Packer<'a> {
     pub(crate) fn add(&self, blob: &SealedBlob<'_>, raw_bytes: usize) -> Option<PackBuilder> {
         self.raw_bytes_added.fetch_add(raw_bytes as u64, Ordering::Relaxed);
         let mut open = locked(&self.open);
-        open.add(blob).then(|| std::mem::replace(&mut *open, PackBuilder::new(BlobKind::Data)))
+        open.add(blob).then(|| std::mem::replace(&mut *open, self.empty_pack()))
+    }
+
+    fn empty_pack(&self) -> PackBuilder {
+        PackBuilder::new(BlobKind::Data, locked(&self.spare).pop().unwrap_or_default())
     }
 
     /// The pack being filled, if anything is in it.
     pub(crate) fn take_rest(&self) -> Option<PackBuilder> {
-        let rest = std::mem::replace(&mut *locked(&self.open), PackBuilder::new(BlobKind::Data));
+        let rest = std::mem::replace(&mut *locked(&self.open), self.empty_pack());
         (!rest.is_empty()).then_some(rest)
     }
 
     /// Closes a pack and makes it durable; now and then an index file too.
     pub(crate) fn write(&self, pack: PackBuilder) -> Result<(), Error> {
-        let pack = pack.finish(self.cipher());
-        self.store.write(FileKind::Pack, &pack.id, &pack.bytes)?;
-        self.bytes_added.fetch_add(pack.bytes.len() as u64, Ordering::Relaxed);
+        let Pack { id, kind, bytes, blobs } = pack.finish(self.cipher());
+        self.store.write(FileKind::Pack, &id, &bytes)?;
+        self.bytes_added.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        locked(&self.spare).push(bytes);
         let due = {
             let mut written = locked(&self.written);
-            written.push(pack.into());
+            written.push(IndexedPack { id, kind, blobs });
             let blobs: usize = written.iter().map(|pack| pack.blobs.len()).sum();
             (blobs >= INDEX_BLOBS).then(|| std::mem::take(&mut *written))
         };

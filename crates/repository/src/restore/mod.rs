@@ -9,6 +9,7 @@ mod qcow2;
 mod target;
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -18,6 +19,7 @@ use model::DiskName;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Progress;
+use crate::direct::Aligned;
 use crate::error::{Error, ErrorKind};
 use crate::id::Id;
 use crate::info::BackupInfo;
@@ -113,6 +115,9 @@ pub struct RestoreReport {
     pub seconds: f64,
 }
 
+/// So much is read and then written at a time: neighbours go to the file together.
+const RUN_BYTES: u64 = 4 << 20;
+
 /// A disk on its way.
 struct Job {
     disk: BackupDisk,
@@ -177,7 +182,11 @@ impl Repository {
             .find(|file| file.name == name)
             .ok_or_else(|| format!("it has no file {name}"))?;
         let ids = std::mem::take(&mut file.content);
-        if disk.chunk_bytes == 0 || ids.len() as u64 != disk.chunk_count() {
+        // Images are laid out in clusters of 64 KiB, and written in blocks of 4 KiB.
+        if !disk.chunk_bytes.is_power_of_two() || disk.chunk_bytes < 64 << 10 {
+            return Err(format!("disk {} has chunks of {} bytes", disk.name, disk.chunk_bytes));
+        }
+        if ids.len() as u64 != disk.chunk_count() {
             return Err(format!("the list of chunks of disk {} has the wrong length", disk.name));
         }
         if manifest::digest(disk.size_bytes, disk.chunk_bytes, &ids) != disk.digest {
@@ -271,45 +280,50 @@ impl Repository {
         let target = Target::create(&job.partial, options.format, &job.shape, &job.ids).map_err(failed)?;
         let (done, written) = (AtomicU64::new(0), AtomicU64::new(0));
         let found = Mutex::new(Vec::new());
-        let work = |tools: &mut reader::Tools, run: &std::ops::Range<u64>| {
-            for chunk in run.clone() {
-                let bytes = job.shape.bytes_of(&(chunk..chunk + 1));
-                let read = self.read_chunk(tools, &job.ids[index_of(chunk)]);
-                let read = read.and_then(|()| match tools.raw.len() as u64 == bytes.end - bytes.start {
-                    true => Ok(()),
-                    false => Err("the chunk has another length than its place".to_owned()),
-                });
-                match read {
-                    Ok(()) => {
-                        let wrote = target.write_chunk(chunk, bytes.start, &tools.raw).map_err(failed)?;
-                        written.fetch_add(wrote, Ordering::Relaxed);
-                    }
-                    Err(why) => {
-                        let (disk, offset, len) =
-                            (job.disk.name.clone(), bytes.start, bytes.end - bytes.start);
-                        if !options.keep_going {
-                            let backup = backup.id.short();
-                            return Err(Error::ChunkDamaged { backup, disk, offset, len, why });
-                        }
-                        let range = DamagedRange { disk, offset, len, why };
-                        found.lock().unwrap_or_else(PoisonError::into_inner).push(range);
-                    }
+        let work = |(tools, buffer): &mut (reader::Tools, Aligned), run: &Range<u64>| {
+            let bytes = job.shape.bytes_of(run);
+            let raw = buffer.room(index_of(bytes.end - bytes.start));
+            for damage in self.read_run(job, run, tools, raw) {
+                if !options.keep_going {
+                    let DamagedRange { disk, offset, len, why } = damage;
+                    return Err(Error::ChunkDamaged { backup: backup.id.short(), disk, offset, len, why });
                 }
-                done.fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
+                found.lock().unwrap_or_else(PoisonError::into_inner).push(damage);
             }
+            let wrote = target.write_chunks(run.start, bytes.start, raw).map_err(failed)?;
+            written.fetch_add(wrote, Ordering::Relaxed);
+            done.fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
             Ok(())
         };
-        // Pieces of 4 MiB: neighbours are written by one thread, so the file system keeps them together.
-        let most = (4 << 20) / u64::from(job.shape.chunk_bytes);
-        let runs = job.shape.data_runs(&job.ids, most.max(1));
+        let runs = job.shape.data_runs(&job.ids, (RUN_BYTES / u64::from(job.shape.chunk_bytes)).max(1));
         let tools = (0..parallel::threads())
-            .map(|_| reader::Tools::new(self.store.cipher()))
+            .map(|_| Ok((reader::Tools::new(self.store.cipher())?, Aligned::default())))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(failed)?;
         parallel::for_each(&runs, tools, &work, &|| progress(done.load(Ordering::Relaxed)), cancel)?;
         target.finish().map_err(failed)?;
         damaged.extend(joined(found.into_inner().unwrap_or_else(PoisonError::into_inner)));
         Ok(written.into_inner())
+    }
+
+    /// Reads neighbouring chunks into `raw`, with zeros in place of what is damaged, and says what is.
+    fn read_run(
+        &self,
+        job: &Job,
+        run: &Range<u64>,
+        tools: &mut reader::Tools,
+        raw: &mut [u8],
+    ) -> Vec<DamagedRange> {
+        let start = job.shape.bytes_of(run).start;
+        let read = |chunk| {
+            let bytes = job.shape.bytes_of(&(chunk..chunk + 1));
+            let place = &mut raw[index_of(bytes.start - start)..index_of(bytes.end - start)];
+            let why = self.read_chunk(tools, &job.ids[index_of(chunk)], place).err()?;
+            place.fill(0);
+            let (disk, len) = (job.disk.name.clone(), bytes.end - bytes.start);
+            Some(DamagedRange { disk, offset: bytes.start, len, why })
+        };
+        run.clone().filter_map(read).collect()
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
 use super::{Format, qcow2, with_suffix};
+use crate::direct::DirectFile;
 use crate::error::Error;
 use crate::id::Id;
 use crate::shape::{Shape, is_zero};
@@ -16,7 +16,7 @@ const HOLE_BYTES: usize = 64 * 1024;
 
 /// A file being written, by several threads.
 pub(crate) struct Target {
-    file: File,
+    file: DirectFile,
     /// Where each chunk goes, for qcow2; in a raw image it is its offset on the disk.
     layout: Option<qcow2::Layout>,
 }
@@ -24,28 +24,28 @@ pub(crate) struct Target {
 impl Target {
     /// Makes the file, with the metadata of its format.
     pub(crate) fn create(path: &Path, format: Format, shape: &Shape, ids: &[Id]) -> io::Result<Self> {
-        let file = File::create(path)?;
+        let file = DirectFile::create(path)?;
         match format {
             Format::Raw | Format::Vhdx => {
-                file.set_len(shape.size_bytes)?;
+                file.file().set_len(shape.size_bytes)?;
                 Ok(Self { file, layout: None })
             }
             Format::Qcow2 => {
                 let layout = qcow2::Layout::new(shape, ids);
-                layout.write_metadata(&file)?;
+                layout.write_metadata(file.file())?;
                 Ok(Self { file, layout: Some(layout) })
             }
         }
     }
 
-    /// Writes a chunk and says how many bytes that took.
-    pub(crate) fn write_chunk(&self, chunk: u64, offset: u64, bytes: &[u8]) -> io::Result<u64> {
-        let start = self.layout.as_ref().map_or(offset, |layout| layout.offset_of(chunk));
+    /// Writes neighbouring chunks with data, and says how many bytes that took. What is zero in them is left
+    /// out.
+    pub(crate) fn write_chunks(&self, first: u64, offset: u64, bytes: &[u8]) -> io::Result<u64> {
+        let start = self.layout.as_ref().map_or(offset, |layout| layout.offset_of(first));
         let (mut place, mut written) = (0, 0);
-        // Pieces that have data, neighbours together.
         while place < bytes.len() {
-            let end = bytes[place..].chunks(HOLE_BYTES).take_while(|piece| !is_zero(piece)).map(<[u8]>::len);
-            let len: usize = end.sum();
+            let full = bytes[place..].chunks(HOLE_BYTES).take_while(|piece| !is_zero(piece));
+            let len: usize = full.map(<[u8]>::len).sum();
             self.file.write_all_at(&bytes[place..place + len], start + place as u64)?;
             written += len as u64;
             place += len + HOLE_BYTES;
