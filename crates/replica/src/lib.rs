@@ -1,1 +1,66 @@
-//! The store of chains: receive, apply, compact, pin, hold
+//! The store of chains: receives logs, keeps recovery points, shows them byte for byte.
+//!
+//! A replica is a *base* (a flat file per disk) and the *logs* after it; [`Store`] keeps any number of them.
+//! What is decided is decided by the pure crates (`chain`: what to apply, merge and keep; `model`: the gate, the
+//! phases); here it is carried out on files, with the catalog as the place where a chain's state changes in
+//! one transaction.
+//!
+//! ```text
+//! <dir>/vms/<vm-id>/disks/<disk>.raw       base, sparse
+//!                   logs/<number>.log      immutable; merged ones are <first>-<last>.log
+//!                   incoming/<number>-<id>.partial
+//!                   changes/<disk>.map     which log changed each 256 KiB of the base last
+//!                   failover/<disk>.qcow2  while a failover lasts
+//!                   vm.json                what is needed to do without the catalog
+//! ```
+//!
+//! Invariants:
+//! * a log is acknowledged only when its file, its name and its row are durable; a log is whole or absent;
+//! * the base is never taken past the oldest point that is shown or pinned, and what is folded in is in every
+//!   open view: a view's bytes never change, whatever is received, applied or merged;
+//! * an apply that was cut off anywhere is run again from its start before the base is read or changed otherwise;
+//! * between the gate's answer and the pin nothing happens: both are one step under the VM's lock;
+//! * each changed byte is written at most twice (log, base or merge: `docs/decisions/0004`);
+//! * what is lost is said: the chain ends before it, and the VM must be resynchronized.
+//!
+//! What it does not do: talk to sites (`wire`), choose the point or the time of a backup (`site`), write
+//! backups (`repository`). Everything blocks; [`Store::run`] is for async callers.
+
+mod apply;
+mod cache;
+mod changemap;
+mod compact;
+mod config;
+mod digests;
+mod error;
+mod failover;
+mod files;
+mod gate;
+mod hold;
+mod maintain;
+mod migrate;
+mod reader;
+mod rebuild;
+mod receive;
+mod recover;
+mod relationship;
+mod rows;
+mod step;
+mod store;
+mod view;
+mod vm;
+mod worker;
+
+pub use config::{Clock, Config};
+pub use error::{Error, Refused, Result};
+pub use failover::FailoverDisk;
+pub use gate::{Admitted, ReplicaStatus, VmFacts};
+pub use hold::{BarrierGuard, HeldDisk, Hold};
+pub use maintain::Step;
+pub use rebuild::rebuild;
+pub use receive::UploadState;
+pub use relationship::{Offer, Standing};
+pub use rows::{DiskSize, Reported};
+pub use step::{FAIL_AT, STEPS};
+pub use store::Store;
+pub use view::ConsistentView;

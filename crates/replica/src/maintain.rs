@@ -1,0 +1,170 @@
+//! Keeps a replica in shape: drops points, folds logs into the base, merges logs. One step at a time:
+//! decide from what is true now, do it, decide again.
+
+use chain::{RetentionInput, RetentionPlan, plan_retention};
+use model::{ApplyState, LogNumber, PointInfo, Timestamp, VmId};
+
+use crate::apply::ApplyJob;
+use crate::error::{Error, Result};
+use crate::rows;
+use crate::step::durable_step;
+use crate::store::Store;
+use crate::vm::{State, Vm};
+
+/// What one step of maintenance did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// There was nothing to do, or it must wait (a hold, a failed apply whose time has not come, a move).
+    Idle,
+    /// Points are no longer shown.
+    Dropped(Vec<LogNumber>),
+    /// Logs were folded into the base.
+    Applied {
+        /// The newest of them.
+        through: LogNumber,
+        /// The bytes written to the flat files.
+        written_bytes: u64,
+    },
+    /// Logs were merged.
+    Compacted {
+        /// How many there are fewer.
+        logs: usize,
+        /// The bytes of the merged logs' files.
+        written_bytes: u64,
+    },
+    /// A group of logs was looked at and is not worth merging.
+    LeftAsItIs,
+    /// A failover that was cut off has been carried on.
+    FailoverReady,
+}
+
+/// What is to be done.
+enum Decision {
+    Nothing,
+    Drop(Vec<LogNumber>),
+    Apply(ApplyJob),
+    Compact(Vec<LogNumber>),
+    Failover,
+}
+
+impl Store {
+    /// Does the next thing that there is to do for a VM. The background workers call it; a test or a
+    /// program without workers calls it until it is [`Step::Idle`].
+    pub fn maintain(&self, vm: VmId) -> Result<Step> {
+        let vm = self.vm(vm)?;
+        let _work = vm.work();
+        let outcome = self.step(&vm);
+        if let Err(Error::Damaged { path, .. }) = &outcome {
+            self.check_damage(&vm, path)?;
+        }
+        outcome
+    }
+
+    fn step(&self, vm: &Vm) -> Result<Step> {
+        let decision = self.decide(vm)?;
+        match decision {
+            Decision::Nothing => Ok(Step::Idle),
+            Decision::Drop(points) => Ok(Step::Dropped(points)),
+            Decision::Apply(job) => self.run_apply(vm, job),
+            Decision::Compact(group) => self.compact(vm, &group),
+            Decision::Failover => self.carry_on_failover(vm).map(|_| Step::FailoverReady),
+        }
+    }
+
+    fn decide(&self, vm: &Vm) -> Result<Decision> {
+        let mut state = vm.live()?;
+        self.expire_holds(&mut state)?;
+        let now = self.now();
+        if state.in_failover() {
+            let unfinished = state.row.doc.failover.as_ref().is_some_and(|failover| !failover.ready);
+            return Ok(if unfinished { Decision::Failover } else { Decision::Nothing });
+        }
+        if state.row.doc.migrating.is_some() {
+            return Ok(Decision::Nothing);
+        }
+        let plan = self.plan(&state, now);
+        if let Some(through) = self.apply_target(&state, &plan, now, false) {
+            return self.begin_apply(&mut state, through, plan.drop).map(Decision::Apply);
+        }
+        if !plan.drop.is_empty() {
+            let (id, gone) = (vm.id, plan.drop.clone());
+            self.catalog().write(move |tx| rows::remove_points(tx, id, &gone))?;
+            durable_step("replica::retention::committed");
+            state.points.retain(|number, _| !plan.drop.contains(number));
+            return Ok(Decision::Drop(plan.drop));
+        }
+        let groups = plan.compact.into_iter().map(|group| {
+            let numbers = state.logs.range(group).map(|(number, _)| *number);
+            numbers.collect::<Vec<_>>()
+        });
+        let group = groups.into_iter().find(|group| !state.not_worthwhile.contains(group));
+        Ok(group.map_or(Decision::Nothing, Decision::Compact))
+    }
+
+    fn plan(&self, state: &State, now: Timestamp) -> RetentionPlan {
+        let points: Vec<PointInfo> = state.points.values().copied().collect();
+        let logs: Vec<LogNumber> = state.logs.keys().copied().collect();
+        let pins: Vec<LogNumber> = state.pins.keys().copied().collect();
+        let extra_hourly = state.row.doc.points;
+        plan_retention(&RetentionInput {
+            points: &points,
+            logs: &logs,
+            applied: state.applied(),
+            pins: &pins,
+            held: state.is_held(now),
+            extra_hourly,
+            recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },
+            now,
+        })
+    }
+
+    /// How far to apply now, if at all.
+    fn apply_target(
+        &self,
+        state: &State,
+        plan: &RetentionPlan,
+        now: Timestamp,
+        past_barrier: bool,
+    ) -> Option<LogNumber> {
+        let planned = plan.apply_through.or(plan.apply_initial_through);
+        let unfinished = state.row.doc.applying.as_ref().map(|applying| applying.through);
+        match state.apply {
+            _ if state.is_held(now) => None,
+            ApplyState::Failed { .. } if state.retry_at > now => None,
+            // What was begun is ended first, and nothing may read the base before that.
+            ApplyState::Failed { .. } | ApplyState::Interrupted { .. } => unfinished.max(planned),
+            _ if state.is_barred(now) && !past_barrier => None,
+            _ => planned,
+        }
+    }
+
+    /// Applies what retention lets, barrier or not; false if there was nothing to apply.
+    pub(crate) fn apply_now(&self, vm: &Vm) -> Result<bool> {
+        let _work = vm.work();
+        let job = {
+            let mut state = vm.live()?;
+            self.expire_holds(&mut state)?;
+            let now = self.now();
+            if state.in_failover() || state.row.doc.migrating.is_some() {
+                return Ok(false);
+            }
+            let plan = self.plan(&state, now);
+            match self.apply_target(&state, &plan, now, true) {
+                Some(through) => self.begin_apply(&mut state, through, plan.drop)?,
+                None => return Ok(false),
+            }
+        };
+        self.run_apply(vm, job).map(|_| true)
+    }
+
+    /// Lets a failed apply be tried again now: its cause was mended.
+    pub fn resume(&self, vm: VmId) -> Result<()> {
+        let found = self.vm(vm)?;
+        let mut state = found.live()?;
+        state.retry_at = Timestamp::default();
+        state.not_worthwhile.clear();
+        drop(state);
+        self.wake(vm);
+        Ok(())
+    }
+}

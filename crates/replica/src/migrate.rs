@@ -1,0 +1,122 @@
+//! Moves a VM's files to another folder.
+//!
+//! ```text
+//! "moving to D" ─▶ everything copied and synced ─▶ the folder switched in one transaction ─▶ the old folder removed
+//! ```
+//!
+//! A crash before the switch: the copy is removed at the next start. After it: the old folder is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use model::VmId;
+
+use crate::error::{Error, Result};
+use crate::files::{Folder, copy_sparse, remove_folder, sync_folder};
+use crate::rows::Migrating;
+use crate::step::durable_step;
+use crate::store::Store;
+use crate::vm::Vm;
+
+impl Store {
+    /// Moves a VM's files to a folder of its own within `parent`. Logs that arrive meanwhile are refused for
+    /// now; views that are open go on reading the old files.
+    pub fn migrate(&self, vm: VmId, parent: &Path) -> Result<PathBuf> {
+        let vm = self.vm(vm)?;
+        let _work = vm.work();
+        let target = Folder(parent.join(vm.id.to_string()));
+        let source = self.mark_migration(&vm, parent, &target)?;
+        let copied = copy_folders(&source, &target);
+        durable_step("replica::migrate::copied");
+        let outcome = copied.and_then(|()| self.switch(&vm, &source, &target));
+        if let Err(error) = outcome {
+            self.give_up_migration(&vm, &target)?;
+            return Err(error);
+        }
+        self.remove_leftover(&vm)?;
+        durable_step("replica::migrate::removed");
+        self.wake(vm.id);
+        Ok(target.0)
+    }
+
+    fn mark_migration(&self, vm: &Vm, parent: &Path, target: &Folder) -> Result<Folder> {
+        // Whatever is arriving is given up; its primary sends it again.
+        let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = vm.live()?;
+        if state.is_held(self.now()) || state.in_failover() {
+            return Err(Error::busy(
+                vm.id,
+                "its files are held or failed over; release or cancel that first",
+            ));
+        }
+        if !parent.is_dir() || target.0.exists() {
+            let why = format!(
+                "its files cannot be moved to {}: it must be a folder that has nothing called {}",
+                parent.display(),
+                vm.id
+            );
+            return Err(Error::busy(vm.id, why));
+        }
+        let mut row = state.row.clone();
+        row.doc.migrating = Some(Migrating { since: self.now(), to: target.0.clone() });
+        self.commit_row(&mut state, row)?;
+        *receiving = None;
+        durable_step("replica::migrate::marked");
+        Ok(state.folder())
+    }
+
+    fn switch(&self, vm: &Vm, source: &Folder, target: &Folder) -> Result<()> {
+        durable_step("replica::migrate::synced");
+        let mut state = vm.live()?;
+        let mut row = state.row.clone();
+        row.folder = target.0.clone();
+        row.doc.migrating = None;
+        row.doc.leftover = Some(source.0.clone());
+        self.commit_row(&mut state, row)?;
+        // Cached readers have the old files open, which keeps them on the disk.
+        state.newest = None;
+        durable_step("replica::migrate::switched");
+        Ok(())
+    }
+
+    fn give_up_migration(&self, vm: &Vm, target: &Folder) -> Result<()> {
+        let mut state = vm.live()?;
+        if state.row.doc.migrating.is_none() {
+            return Ok(()); // it was switched; only the old folder is still to go
+        }
+        remove_folder(&target.0)?;
+        let mut row = state.row.clone();
+        row.doc.migrating = None;
+        self.commit_row(&mut state, row)
+    }
+
+    /// Removes the folder that a VM has moved out of.
+    pub(crate) fn remove_leftover(&self, vm: &Vm) -> Result<()> {
+        let mut state = vm.live()?;
+        let Some(leftover) = state.row.doc.leftover.clone() else { return Ok(()) };
+        remove_folder(&leftover)?;
+        let mut row = state.row.clone();
+        row.doc.leftover = None;
+        self.commit_row(&mut state, row)
+    }
+}
+
+fn copy_folders(source: &Folder, target: &Folder) -> Result<()> {
+    fs::create_dir(&target.0).map_err(Error::io("making the folder", &target.0))?;
+    target.create()?;
+    let parts = [
+        (source.disks(), target.disks()),
+        (source.logs(), target.logs()),
+        (source.changes(), target.changes()),
+    ];
+    for (from, to) in parts {
+        for entry in fs::read_dir(&from).map_err(Error::io("reading", &from))? {
+            let entry = entry.map_err(Error::io("reading", &from))?;
+            copy_sparse(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        sync_folder(&to)?;
+    }
+    copy_sparse(&source.description(), &target.description())?;
+    sync_folder(&target.0)
+}

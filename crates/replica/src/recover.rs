@@ -1,0 +1,207 @@
+//! What opening a store does: brings memory, catalog and files together again after whatever ended it.
+//!
+//! | found | done |
+//! |---|---|
+//! | a move that was not switched, a folder that was moved out of | the copy, the old folder: removed |
+//! | a log file whose row is missing, that follows the newest log and verifies | taken in |
+//! | any other file that no row names | removed |
+//! | a row whose file is missing or has another size, a base that is missing | the chain ends before it: resynchronization |
+//! | a partial log that would be the next | kept, goes on where it is |
+//! | an apply that has begun | interrupted (or failed): it is run again before anything else |
+//! | a hold that has run out | forgotten |
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use model::{ApplyState, Head, LogNumber, Phase, ResyncReason};
+
+use crate::error::{Error, Result};
+use crate::files::{Folder, parse_log, parse_partial, remove_file, remove_folder};
+use crate::receive::{check_continues, remove_partials};
+use crate::relationship::set_phase;
+use crate::rows::{self, HoldRow, LogRow, VmRow};
+use crate::store::Store;
+use crate::vm::{At, ChainLog, OpenLog, State, Vm};
+
+impl Store {
+    pub(crate) fn recover(&self) -> Result<()> {
+        let vms_folder = self.inner.config.dir.join("vms");
+        fs::create_dir_all(&vms_folder).map_err(Error::io("making the folder", &vms_folder))?;
+        let mut holds: BTreeMap<_, Vec<HoldRow>> = BTreeMap::new();
+        for hold in rows::load_holds(self.catalog())? {
+            holds.entry(hold.vm).or_default().push(hold);
+        }
+        for row in rows::load_vms(self.catalog())? {
+            let id = row.vm;
+            let vm = self.recover_vm(row, holds.remove(&id).unwrap_or_default())?;
+            self.vms_mut().insert(id, vm);
+        }
+        Ok(())
+    }
+
+    fn recover_vm(&self, row: VmRow, holds: Vec<HoldRow>) -> Result<Arc<Vm>> {
+        let now = self.now();
+        let mut state = State::new(row, now);
+        self.end_migration(&mut state)?;
+        state.folder().create()?;
+        state.holds = holds;
+        self.expire_holds(&mut state)?;
+        for log in rows::load_logs(self.catalog(), state.row.vm)? {
+            state.logs.insert(log.number, ChainLog::new(log));
+        }
+        for point in rows::load_points(self.catalog(), state.row.vm)? {
+            state.points.insert(point.number, point);
+        }
+        state.apply = match state.row.doc.applying.clone().map(|applying| applying.failed) {
+            None => ApplyState::Idle,
+            Some(None) => ApplyState::Interrupted { since: now },
+            Some(Some((since, error))) => ApplyState::Failed { since, error },
+        };
+        self.find_losses(&mut state)?;
+        self.settle_log_files(&mut state)?;
+        self.settle_incoming(&state)?;
+        Ok(Vm::new(state))
+    }
+
+    fn end_migration(&self, state: &mut State) -> Result<()> {
+        let mut row = state.row.clone();
+        if let Some(migrating) = row.doc.migrating.take() {
+            remove_folder(&migrating.to)?;
+        }
+        if let Some(leftover) = row.doc.leftover.take() {
+            remove_folder(&leftover)?;
+        }
+        if row != state.row { self.commit_row(state, row) } else { Ok(()) }
+    }
+
+    /// Ends the chain before the first log whose file is not what its row says.
+    fn find_losses(&self, state: &mut State) -> Result<()> {
+        let folder = state.folder();
+        let lost_base = state.row.doc.base.disks.iter().find(|disk| !folder.disk(&disk.name).exists());
+        if let Some(disk) = lost_base {
+            let why = format!("the flat file {} is missing", folder.disk(&disk.name).display());
+            return self.lose(state, LogNumber::ZERO, &why);
+        }
+        let whole = |log: &LogRow| {
+            fs::metadata(folder.log(&log.file)).is_ok_and(|meta| meta.is_file() && meta.len() == log.bytes)
+        };
+        let lost = state.logs.values().find(|log| !whole(&log.row)).map(|log| log.row.clone());
+        match lost {
+            Some(log) => {
+                let path = folder.log(&log.file);
+                self.lose(state, log.first, &format!("the log file {} is missing or cut off", path.display()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Gives up the chain from `first` on. The head stays what it was, so that numbers never mean two
+    /// things: the resynchronization's logs follow it. What is left here is what they are compared with.
+    pub(crate) fn lose(&self, state: &mut State, first: LogNumber, why: &str) -> Result<()> {
+        tracing::error!(vm = %state.row.name, %why, "a part of the replica is lost; it must be resynchronized");
+        let mut row = state.row.clone();
+        let doc = &mut row.doc;
+        doc.damage = Some(why.to_owned());
+        let phase = Phase::ResyncRequired { why: ResyncReason::ChainBroken(why.to_owned()) };
+        match &mut doc.failover {
+            Some(failover) => failover.before = phase,
+            None => set_phase(doc, phase, self.now()),
+        }
+        // An apply that was under way has mixed newer bytes into the base. That is no point any more, but a
+        // state to compare with like any other, and nothing is left to apply it to its end with.
+        let dirty = doc.applying.as_ref().is_some_and(|applying| applying.through >= first);
+        if dirty {
+            doc.applying = None;
+        }
+        let gone: Vec<LogNumber> =
+            state.points.keys().filter(|number| dirty || **number >= first).copied().collect();
+        let (id, dropped) = (row.vm, gone.clone());
+        self.commit(state, row, move |tx| {
+            rows::remove_points(tx, id, &dropped)?;
+            rows::remove_logs(tx, id, first, LogNumber(u64::MAX))?;
+            rows::forget_parents(tx, id, first)
+        })?;
+        if dirty {
+            state.apply = ApplyState::Idle;
+        }
+        state.logs.retain(|number, _| *number < first);
+        state.points.retain(|number, _| !gone.contains(number));
+        state.revoke_views("a part of the replica is lost");
+        Ok(())
+    }
+
+    /// After an apply or a merge has found a log damaged: verifies the file as a whole, and gives the chain up
+    /// from there if it really is. A read that merely failed is tried again later.
+    pub(crate) fn check_damage(&self, vm: &Vm, path: &Path) -> Result<()> {
+        let mut state = vm.live()?;
+        let folder = state.folder();
+        let Some(log) = state.logs.values().find(|log| folder.log(&log.row.file) == path).cloned() else {
+            return Ok(());
+        };
+        let OpenLog { file, .. } = log.open(&folder)?;
+        match log::verify(&mut At::start(&file)) {
+            Err(error) if !error.is_io() => self.lose(
+                &mut state,
+                log.row.first,
+                &format!("the log file {} is damaged: {error}", path.display()),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes in a log that was renamed but not committed; removes what the catalog does not name.
+    fn settle_log_files(&self, state: &mut State) -> Result<()> {
+        let folder = state.folder().logs();
+        let named = |state: &State, name: &str| state.logs.values().any(|log| log.row.file == name);
+        for entry in fs::read_dir(&folder).map_err(Error::io("reading", &folder))? {
+            let entry = entry.map_err(Error::io("reading", &folder))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if named(state, &name) {
+                continue;
+            }
+            let next = state.row.doc.head.number.next();
+            let is_next = parse_log(&name) == Some((next, next)) && name == format!("{next}.log");
+            if is_next && self.adopt(state, &name)? {
+                tracing::info!(vm = %state.row.name, log = %next, "a log that had arrived just before the end was taken in");
+            } else {
+                tracing::info!(file = %entry.path().display(), "a file that belongs to no chain is removed");
+                remove_file(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt(&self, state: &mut State, name: &str) -> Result<bool> {
+        let path = state.folder().log(name);
+        let file = crate::files::open_read(&path)?;
+        let Ok(verified) = log::verify(&mut At::start(&file)) else { return Ok(false) };
+        let fits = format!("{}.log", verified.header.number) == name;
+        if !fits || check_continues(state, &verified.header).is_err() {
+            return Ok(false);
+        }
+        // It had been synced before it was renamed; the rename may not have been.
+        crate::files::sync_folder(&state.folder().logs())?;
+        let row = LogRow::from_verified(&verified, verified.header.number, name.to_owned());
+        self.add_to_chain(state, row, &verified.header)?;
+        Ok(true)
+    }
+
+    /// Keeps a partial log if it could go on.
+    fn settle_incoming(&self, state: &State) -> Result<()> {
+        let folder = state.folder();
+        let next = state.row.doc.head.number.next();
+        let mut keep: Option<Head> = None;
+        let path = folder.incoming();
+        for entry in fs::read_dir(&path).map_err(Error::io("reading", &path))? {
+            let name = entry.map_err(Error::io("reading", &path))?.file_name();
+            if let Some((number, id)) = name.to_str().and_then(parse_partial)
+                && number == next
+            {
+                keep = Some(Head { number, id });
+            }
+        }
+        remove_partials(&Folder(folder.0), keep)
+    }
+}

@@ -1,0 +1,250 @@
+//! What a primary says of its VM: offers, reports, withdrawals.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName};
+
+use crate::error::{Error, Refused, Result};
+use crate::files::{Folder, remove_folder};
+use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
+use crate::step::durable_step;
+use crate::store::Store;
+use crate::vm::{State, Vm};
+
+/// A VM as its primary offers it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Offer {
+    /// The VM.
+    pub vm: VmId,
+    /// What people call it.
+    pub name: VmName,
+    /// Its disks.
+    pub disks: Vec<DiskSize>,
+    /// The interval between cycles.
+    pub interval: Duration,
+    /// How many hourly points to keep beside the latest one.
+    pub points: u8,
+    /// The primary's site.
+    pub primary_name: String,
+    /// The VM's definition, kept for backups.
+    pub definition: serde_json::Value,
+    /// Where the primary stands.
+    pub phase: Phase,
+    /// Its error, if it has one.
+    pub error: Option<String>,
+    /// Replication is paused by a person.
+    pub paused: bool,
+}
+
+/// Where a relationship stands here, for its primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// The newest durable log.
+    pub head: Head,
+    /// The replica's phase.
+    pub phase: Phase,
+    /// Why logs are not taken, if they are not.
+    pub refused: Option<Refused>,
+}
+
+impl Store {
+    /// Takes a primary's offer: makes the replica if there is none, and says where it stands. Disks that
+    /// have grown, come or gone are the next log's to say; here they are only shown.
+    pub fn offer(&self, peer: &str, offer: Offer) -> Result<Standing> {
+        let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = self.find(&offer.name).filter(|vm| *vm != offer.vm) {
+            let message = format!(
+                "the name {} is taken here by another VM ({taken}); protect this one under another name, or remove that replica",
+                offer.name
+            );
+            return Err(Refused::lasting("name-taken", message).into());
+        }
+        match self.vm(offer.vm) {
+            Ok(vm) => self.update(&vm, peer, offer),
+            Err(_) => self.create(peer, offer),
+        }
+    }
+
+    fn create(&self, peer: &str, offer: Offer) -> Result<Standing> {
+        let now = self.now();
+        let folder = Folder(self.home(offer.vm));
+        // What lies there is of a replica whose removal was cut off.
+        remove_folder(&folder.0)?;
+        folder.create()?;
+        durable_step("replica::offer::made");
+        let row = VmRow {
+            vm: offer.vm,
+            name: offer.name.clone(),
+            peer: peer.to_owned(),
+            folder: folder.0,
+            definition: offer.definition.to_string(),
+            doc: first_doc(&offer, now),
+        };
+        let mut state = State::new(row.clone(), now);
+        self.commit_row(&mut state, row)?;
+        crate::rebuild::describe(&state)?;
+        durable_step("replica::offer::committed");
+        let standing = standing(&state);
+        self.vms_mut().insert(offer.vm, Vm::new(state));
+        Ok(standing)
+    }
+
+    fn update(&self, vm: &Vm, peer: &str, offer: Offer) -> Result<Standing> {
+        let mut state = vm.live()?;
+        check_peer(&state, peer)?;
+        let mut row = state.row.clone();
+        row.name = offer.name;
+        row.definition = offer.definition.to_string();
+        let doc = &mut row.doc;
+        doc.primary_name = offer.primary_name;
+        doc.interval_s = offer.interval.as_secs();
+        doc.points = offer.points;
+        doc.offered = offer.disks;
+        doc.withdrawn = false;
+        take_report(doc, offer.phase, offer.error, offer.paused, self.now());
+        let described =
+            |row: &VmRow| (row.name.clone(), row.doc.interval_s, row.doc.points, row.doc.offered.clone());
+        let changed = described(&row) != described(&state.row);
+        if row != state.row {
+            self.commit_row(&mut state, row)?;
+        }
+        if changed {
+            crate::rebuild::describe(&state)?;
+        }
+        Ok(standing(&state))
+    }
+
+    /// Takes a primary's word of where it stands.
+    pub fn report(
+        &self,
+        peer: &str,
+        vm: VmId,
+        phase: Phase,
+        error: Option<String>,
+        paused: bool,
+    ) -> Result<()> {
+        let vm = self.vm(vm)?;
+        let mut state = vm.live()?;
+        check_peer(&state, peer)?;
+        let mut row = state.row.clone();
+        take_report(&mut row.doc, phase, error, paused, self.now());
+        self.commit_row(&mut state, row)
+    }
+
+    /// The primary no longer protects the VM. Everything stays until [`Store::remove`].
+    pub fn withdraw(&self, peer: &str, vm: VmId) -> Result<()> {
+        let vm = self.vm(vm)?;
+        let mut state = vm.live()?;
+        check_peer(&state, peer)?;
+        let mut row = state.row.clone();
+        row.doc.withdrawn = true;
+        self.commit_row(&mut state, row)
+    }
+
+    /// Removes a replica with all its files. Views of it end; a hold must be released first.
+    pub fn remove(&self, vm: VmId) -> Result<()> {
+        let vm = self.vm(vm)?;
+        let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let _work = vm.work();
+        let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = vm.live()?;
+        if state.is_held(self.now()) {
+            return Err(Error::busy(vm.id, "its flat files are held; release the hold first"));
+        }
+        let id = vm.id;
+        self.catalog().write(move |tx| rows::remove_vm(tx, id))?;
+        state.removed = true;
+        state.revoke_views("the replica was removed");
+        *receiving = None;
+        self.vms_mut().remove(&id);
+        remove_folder(&state.row.folder)
+    }
+}
+
+/// Whether a VM is this peer's.
+pub(crate) fn check_peer(state: &State, peer: &str) -> Result<()> {
+    if state.row.peer == peer {
+        return Ok(());
+    }
+    let message = format!(
+        "VM {} here belongs to another peer than {peer}; only the site that protects it may send for it",
+        state.row.name
+    );
+    Err(Refused::lasting("forbidden", message).into())
+}
+
+/// Why logs are not taken now, whatever they are.
+pub(crate) fn refuses_logs(state: &State) -> Option<Refused> {
+    let name = &state.row.name;
+    if let Phase::Failover { point } = state.row.doc.phase {
+        let message = format!(
+            "VM {name} is failed over to point {point} on this site; cancel or complete the failover there first"
+        );
+        return Some(Refused::transient("failover", message, Duration::from_secs(300)));
+    }
+    if state.row.doc.migrating.is_some() {
+        let message = format!("the storage of VM {name} is being moved on the replica's site");
+        return Some(Refused::transient("migration", message, Duration::from_secs(30)));
+    }
+    None
+}
+
+fn standing(state: &State) -> Standing {
+    let doc = &state.row.doc;
+    Standing { head: doc.head, phase: doc.phase.clone(), refused: refuses_logs(state) }
+}
+
+fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
+    let total_bytes = offer.disks.iter().map(|disk| disk.size_bytes).sum();
+    let disks: Vec<DiskName> = offer.disks.iter().map(|disk| disk.name.clone()).collect();
+    VmDoc {
+        primary_name: offer.primary_name.clone(),
+        interval_s: offer.interval.as_secs(),
+        points: offer.points,
+        offered: offer.disks.clone(),
+        disks,
+        base: Base { applied: LogNumber::ZERO, id: LogId::NONE, disks: Vec::new() },
+        head: Head::EMPTY,
+        head_moment: None,
+        phase: Phase::InitialReplication { progress: Progress { covered_bytes: 0, total_bytes } },
+        phase_since: now,
+        reported: Reported {
+            phase: offer.phase.clone(),
+            error: offer.error.clone(),
+            paused: offer.paused,
+            at: now,
+        },
+        made_at: now,
+        last_log_at: None,
+        applying: None,
+        migrating: None,
+        leftover: None,
+        failover: None,
+        withdrawn: false,
+        damage: None,
+    }
+}
+
+/// A primary that must resynchronize makes its replica say so too: until the pass is complete, the newest
+/// states are not ones that the VM was in. All other phases the replica learns from the logs.
+fn take_report(doc: &mut VmDoc, phase: Phase, error: Option<String>, paused: bool, now: Timestamp) {
+    if let Phase::ResyncRequired { .. } = &phase
+        && doc.head != Head::EMPTY
+    {
+        match &mut doc.failover {
+            // It counts from the moment when the failover is cancelled.
+            Some(failover) => failover.before = phase.clone(),
+            None => set_phase(doc, phase.clone(), now),
+        }
+    }
+    doc.reported = Reported { phase, error, paused, at: now };
+}
+
+/// Changes the phase; its age counts from when its kind changed, not from each step of a pass.
+pub(crate) fn set_phase(doc: &mut VmDoc, phase: Phase, now: Timestamp) {
+    if doc.phase.name() != phase.name() {
+        doc.phase_since = now;
+    }
+    doc.phase = phase;
+}

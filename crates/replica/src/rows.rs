@@ -1,0 +1,432 @@
+//! What the catalog knows of each VM. A VM's row is one document beside a few columns: it is always read
+//! and written as a whole.
+
+use std::path::PathBuf;
+
+use catalog::{Catalog, Transaction, params, rusqlite};
+use log::{DiskInfo, Verified};
+use model::{
+    DiskName, Head, LogClass, LogId, LogNumber, Phase, PointInfo, Progress, Purpose, Timestamp, VmId, VmName,
+};
+use rusqlite::types::{FromSqlError, Type};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+pub(crate) const MIGRATIONS: &[&str] = &["
+CREATE TABLE replica_vms (
+    vm TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, peer TEXT NOT NULL, folder TEXT NOT NULL,
+    definition TEXT NOT NULL, state TEXT NOT NULL) STRICT;
+CREATE TABLE replica_logs (
+    vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
+    number INTEGER NOT NULL, first INTEGER NOT NULL, file TEXT NOT NULL, id TEXT NOT NULL, predecessor TEXT NOT NULL,
+    moment INTEGER NOT NULL, class TEXT NOT NULL, purpose TEXT NOT NULL, covered_bytes INTEGER NOT NULL,
+    total_bytes INTEGER NOT NULL, bytes INTEGER NOT NULL, raw_bytes INTEGER NOT NULL, extents INTEGER NOT NULL,
+    hash TEXT NOT NULL, PRIMARY KEY (vm, number)) STRICT;
+CREATE TABLE replica_points (
+    vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
+    number INTEGER NOT NULL, id TEXT NOT NULL, taken_at INTEGER NOT NULL, consistency TEXT NOT NULL,
+    PRIMARY KEY (vm, number)) STRICT;
+CREATE TABLE replica_holds (
+    id TEXT PRIMARY KEY, vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
+    point INTEGER NOT NULL, made_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+-- The points that somebody has read: only they can be the parent of an incremental backup.
+CREATE TABLE replica_parents (
+    vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
+    id TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (vm, id)) STRICT;
+"];
+
+/// A disk and its size, as the catalog keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSize {
+    /// Its name.
+    pub name: DiskName,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+impl From<&DiskInfo> for DiskSize {
+    fn from(disk: &DiskInfo) -> Self {
+        Self { name: disk.name.clone(), size_bytes: disk.size_bytes }
+    }
+}
+
+/// What the primary last said of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reported {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Its error, if it has one that does not clear by itself.
+    pub error: Option<String>,
+    /// Replication is paused by a person.
+    pub paused: bool,
+    /// When it said so.
+    pub at: Timestamp,
+}
+
+/// The flat images: what has been folded into them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Base {
+    /// The newest log folded in, as a whole; [`LogNumber::ZERO`] for an empty base.
+    pub applied: LogNumber,
+    pub id: LogId,
+    /// The VM's disks at that log's moment.
+    pub disks: Vec<DiskSize>,
+}
+
+/// An apply that has begun and is not known to have ended well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Applying {
+    pub through: LogNumber,
+    pub since: Timestamp,
+    /// When it failed, and how.
+    pub failed: Option<(Timestamp, String)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Migrating {
+    pub since: Timestamp,
+    pub to: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FailoverRow {
+    pub point: LogNumber,
+    /// Where the relationship stood before, for a cancel.
+    pub before: Phase,
+    pub before_since: Timestamp,
+    /// The base equals the point and the overlays are there.
+    pub ready: bool,
+}
+
+/// What changes with a VM's life; one document in the catalog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmDoc {
+    pub primary_name: String,
+    pub interval_s: u64,
+    pub points: u8,
+    /// The disks as the primary last offered them.
+    pub offered: Vec<DiskSize>,
+    /// All disks that the base or a log has, by their place in the chain.
+    pub disks: Vec<DiskName>,
+    pub base: Base,
+    pub head: Head,
+    pub head_moment: Option<Timestamp>,
+    pub phase: Phase,
+    pub phase_since: Timestamp,
+    pub reported: Reported,
+    pub made_at: Timestamp,
+    pub last_log_at: Option<Timestamp>,
+    pub applying: Option<Applying>,
+    pub migrating: Option<Migrating>,
+    /// A folder that the VM has moved out of, still to be removed.
+    pub leftover: Option<PathBuf>,
+    pub failover: Option<FailoverRow>,
+    pub withdrawn: bool,
+    /// What was lost here, until a resynchronization has made it good.
+    pub damage: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VmRow {
+    pub vm: VmId,
+    pub name: VmName,
+    /// The peer that the VM belongs to, by its name.
+    pub peer: String,
+    pub folder: PathBuf,
+    /// The VM's definition, as JSON text.
+    pub definition: String,
+    pub doc: VmDoc,
+}
+
+/// A log of the chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LogRow {
+    pub number: LogNumber,
+    /// The oldest log that was merged into it; itself if none was.
+    pub first: LogNumber,
+    /// Its file, within the folder of logs.
+    pub file: String,
+    pub id: LogId,
+    pub predecessor: LogId,
+    pub moment: Timestamp,
+    pub class: LogClass,
+    pub purpose: Purpose,
+    pub progress: Progress,
+    pub bytes: u64,
+    /// The bytes of its records before compression.
+    pub raw_bytes: u64,
+    pub extents: u64,
+    pub hash: [u8; 32],
+}
+
+impl LogRow {
+    pub fn from_verified(verified: &Verified, first: LogNumber, file: String) -> Self {
+        let Verified { header, footer, index, summary } = verified;
+        Self {
+            number: header.number,
+            first,
+            file,
+            id: header.id,
+            predecessor: header.predecessor,
+            moment: header.moment,
+            class: footer.class,
+            purpose: header.purpose,
+            progress: footer.progress,
+            bytes: summary.total_bytes,
+            raw_bytes: summary.data_bytes,
+            extents: index.extents.len() as u64,
+            hash: summary.hash,
+        }
+    }
+
+    pub const fn head(&self) -> Head {
+        Head { number: self.number, id: self.id }
+    }
+
+    /// The point that the log makes, if it makes one.
+    pub fn point(&self) -> Option<PointInfo> {
+        let consistency = self.class.point()?;
+        Some(PointInfo { id: self.id, number: self.number, taken_at: self.moment, consistency })
+    }
+}
+
+/// A hold as the catalog keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HoldRow {
+    pub id: String,
+    pub vm: VmId,
+    pub point: LogNumber,
+    pub made_at: Timestamp,
+    pub expires_at: Timestamp,
+}
+
+pub(crate) fn save_vm(tx: &Transaction<'_>, row: &VmRow) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT INTO replica_vms VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (vm) DO UPDATE SET
+         name = excluded.name, peer = excluded.peer, folder = excluded.folder,
+         definition = excluded.definition, state = excluded.state",
+        params![
+            row.vm.to_string(),
+            row.name.as_str(),
+            row.peer,
+            row.folder.to_string_lossy(),
+            row.definition,
+            to_json(&row.doc)
+        ],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn remove_vm(tx: &Transaction<'_>, vm: VmId) -> rusqlite::Result<()> {
+    tx.execute("DELETE FROM replica_vms WHERE vm = ?1", [vm.to_string()])?;
+    Ok(())
+}
+
+pub(crate) fn add_log(tx: &Transaction<'_>, vm: VmId, log: &LogRow) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT INTO replica_logs VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+        params![
+            vm.to_string(),
+            log.number.0,
+            log.first.0,
+            log.file,
+            log.id.to_string(),
+            log.predecessor.to_string(),
+            log.moment.0,
+            to_json(&log.class),
+            to_json(&log.purpose),
+            log.progress.covered_bytes,
+            log.progress.total_bytes,
+            log.bytes,
+            log.raw_bytes,
+            log.extents,
+            hex::encode(log.hash),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Removes the rows of the logs from `first` to `last`.
+pub(crate) fn remove_logs(
+    tx: &Transaction<'_>,
+    vm: VmId,
+    first: LogNumber,
+    last: LogNumber,
+) -> rusqlite::Result<()> {
+    tx.execute(
+        "DELETE FROM replica_logs WHERE vm = ?1 AND number BETWEEN ?2 AND ?3",
+        params![vm.to_string(), clamp(first), clamp(last)],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn add_point(tx: &Transaction<'_>, vm: VmId, point: &PointInfo) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT OR REPLACE INTO replica_points VALUES (?1, ?2, ?3, ?4, ?5)",
+        params![
+            vm.to_string(),
+            point.number.0,
+            point.id.to_string(),
+            point.taken_at.0,
+            to_json(&point.consistency)
+        ],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn remove_points(tx: &Transaction<'_>, vm: VmId, points: &[LogNumber]) -> rusqlite::Result<()> {
+    let mut remove = tx.prepare_cached("DELETE FROM replica_points WHERE vm = ?1 AND number = ?2")?;
+    points.iter().try_for_each(|point| remove.execute(params![vm.to_string(), point.0]).map(drop))
+}
+
+/// Forgets which points from `first` on were read: their bytes are lost, nothing can be told against them.
+pub(crate) fn forget_parents(tx: &Transaction<'_>, vm: VmId, first: LogNumber) -> rusqlite::Result<()> {
+    tx.execute(
+        "DELETE FROM replica_parents WHERE vm = ?1 AND number >= ?2",
+        params![vm.to_string(), clamp(first)],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn add_parent(
+    tx: &Transaction<'_>,
+    vm: VmId,
+    id: LogId,
+    number: LogNumber,
+) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT OR IGNORE INTO replica_parents VALUES (?1, ?2, ?3)",
+        params![vm.to_string(), id.to_string(), number.0],
+    )?;
+    Ok(())
+}
+
+/// The number of a point that somebody has read of this chain.
+pub(crate) fn parent(catalog: &Catalog, vm: VmId, id: LogId) -> Result<Option<LogNumber>> {
+    use catalog::OptionalExtension;
+    let query = "SELECT number FROM replica_parents WHERE vm = ?1 AND id = ?2";
+    Ok(catalog.read(|c| {
+        c.query_row(query, params![vm.to_string(), id.to_string()], |row| row.get(0).map(LogNumber))
+            .optional()
+    })?)
+}
+
+pub(crate) fn add_hold(tx: &Transaction<'_>, hold: &HoldRow) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT INTO replica_holds VALUES (?1, ?2, ?3, ?4, ?5)",
+        params![hold.id, hold.vm.to_string(), hold.point.0, hold.made_at.0, hold.expires_at.0],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn remove_hold(tx: &Transaction<'_>, id: &str) -> rusqlite::Result<()> {
+    tx.execute("DELETE FROM replica_holds WHERE id = ?1", [id])?;
+    Ok(())
+}
+
+pub(crate) fn load_vms(catalog: &Catalog) -> Result<Vec<VmRow>> {
+    let query = "SELECT vm, name, peer, folder, definition, state FROM replica_vms ORDER BY vm";
+    Ok(catalog.read(|c| {
+        c.prepare(query)?
+            .query_map([], |row| {
+                Ok(VmRow {
+                    vm: parsed(row, 0)?,
+                    name: parsed(row, 1)?,
+                    peer: row.get(2)?,
+                    folder: PathBuf::from(row.get::<_, String>(3)?),
+                    definition: row.get(4)?,
+                    doc: json(row, 5)?,
+                })
+            })?
+            .collect()
+    })?)
+}
+
+pub(crate) fn load_logs(catalog: &Catalog, vm: VmId) -> Result<Vec<LogRow>> {
+    let query =
+        "SELECT number, first, file, id, predecessor, moment, class, purpose, covered_bytes, total_bytes,
+                 bytes, raw_bytes, extents, hash FROM replica_logs WHERE vm = ?1 ORDER BY number";
+    Ok(catalog.read(|c| {
+        c.prepare(query)?
+            .query_map([vm.to_string()], |row| {
+                let hash: String = row.get(13)?;
+                Ok(LogRow {
+                    number: LogNumber(row.get(0)?),
+                    first: LogNumber(row.get(1)?),
+                    file: row.get(2)?,
+                    id: parsed(row, 3)?,
+                    predecessor: parsed(row, 4)?,
+                    moment: Timestamp(row.get(5)?),
+                    class: json(row, 6)?,
+                    purpose: json(row, 7)?,
+                    progress: Progress { covered_bytes: row.get(8)?, total_bytes: row.get(9)? },
+                    bytes: row.get(10)?,
+                    raw_bytes: row.get(11)?,
+                    extents: row.get(12)?,
+                    hash: hex::decode(hash)
+                        .ok()
+                        .and_then(|bytes| bytes.try_into().ok())
+                        .ok_or_else(|| rusqlite::Error::from(FromSqlError::InvalidType))?,
+                })
+            })?
+            .collect()
+    })?)
+}
+
+pub(crate) fn load_points(catalog: &Catalog, vm: VmId) -> Result<Vec<PointInfo>> {
+    let query = "SELECT number, id, taken_at, consistency FROM replica_points WHERE vm = ?1 ORDER BY number";
+    Ok(catalog.read(|c| {
+        c.prepare(query)?
+            .query_map([vm.to_string()], |row| {
+                Ok(PointInfo {
+                    number: LogNumber(row.get(0)?),
+                    id: parsed(row, 1)?,
+                    taken_at: Timestamp(row.get(2)?),
+                    consistency: json(row, 3)?,
+                })
+            })?
+            .collect()
+    })?)
+}
+
+pub(crate) fn load_holds(catalog: &Catalog) -> Result<Vec<HoldRow>> {
+    Ok(catalog.read(|c| {
+        c.prepare("SELECT id, vm, point, made_at, expires_at FROM replica_holds")?
+            .query_map([], |row| {
+                Ok(HoldRow {
+                    id: row.get(0)?,
+                    vm: parsed(row, 1)?,
+                    point: LogNumber(row.get(2)?),
+                    made_at: Timestamp(row.get(3)?),
+                    expires_at: Timestamp(row.get(4)?),
+                })
+            })?
+            .collect()
+    })?)
+}
+
+/// SQLite's integers are signed.
+fn clamp(number: LogNumber) -> i64 {
+    i64::try_from(number.0).unwrap_or(i64::MAX)
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain values can be written as JSON")
+}
+
+fn json<T: DeserializeOwned>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T> {
+    let text: String = row.get(column)?;
+    serde_json::from_str(&text)
+        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error)))
+}
+
+fn parsed<T>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T>
+where
+    T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
+    let text: String = row.get(column)?;
+    text.parse()
+        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error)))
+}

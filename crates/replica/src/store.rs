@@ -1,0 +1,148 @@
+//! The store: all VMs, and the way to each.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use catalog::{Catalog, Transaction, rusqlite};
+use model::{LogNumber, Timestamp, VmId, VmName};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::rows::{self, VmRow};
+use crate::vm::{State, Vm};
+use crate::worker::Workers;
+
+/// The store of chains of one site. A handle: clones share it. Everything here blocks on files and the
+/// catalog; from async code, call it through [`Store::run`].
+#[derive(Clone)]
+pub struct Store {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub catalog: Catalog,
+    pub config: Config,
+    pub vms: RwLock<BTreeMap<VmId, Arc<Vm>>>,
+    /// Taken while VMs are made, named or removed.
+    pub registry: Mutex<()>,
+    pub workers: Workers,
+}
+
+impl Store {
+    /// Opens the store in `config.dir`, makes good what a crash has left, and starts its workers.
+    ///
+    /// A log that had been verified and renamed, but whose row the catalog does not have, was never
+    /// acknowledged; it is taken in all the same, so that it need not travel twice (its primary wrote down
+    /// its id before it sent the end). Everything else that the catalog does not name is removed.
+    pub fn open(catalog: Catalog, config: Config) -> Result<Self> {
+        catalog.migrate("replica", rows::MIGRATIONS)?;
+        raise_file_limit();
+        let inner = Inner {
+            workers: Workers::default(),
+            vms: RwLock::new(BTreeMap::new()),
+            registry: Mutex::new(()),
+            catalog,
+            config,
+        };
+        let store = Self { inner: Arc::new(inner) };
+        store.recover()?;
+        store.start_workers();
+        Ok(store)
+    }
+
+    /// Runs blocking work of the store for an async caller.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> T + Send + 'static) -> T {
+        let store = self.clone();
+        match tokio::task::spawn_blocking(move || work(&store)).await {
+            Ok(done) => done,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// How the store behaves.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// The VMs that there are replicas of.
+    #[must_use]
+    pub fn list(&self) -> Vec<VmId> {
+        self.vms().keys().copied().collect()
+    }
+
+    /// The VM of this name.
+    #[must_use]
+    pub fn find(&self, name: &VmName) -> Option<VmId> {
+        let vms: Vec<Arc<Vm>> = self.vms().values().cloned().collect();
+        vms.into_iter().find(|vm| vm.lock().row.name == *name).map(|vm| vm.id)
+    }
+
+    pub(crate) fn vms(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
+        self.inner.vms.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn vms_mut(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
+        self.inner.vms.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn vm(&self, vm: VmId) -> Result<Arc<Vm>> {
+        self.vms().get(&vm).cloned().ok_or(Error::NoSuchVm(vm))
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.inner.config.clock.now()
+    }
+
+    pub(crate) fn catalog(&self) -> &Catalog {
+        &self.inner.catalog
+    }
+
+    /// Where a VM's files are kept unless they were moved.
+    pub(crate) fn home(&self, vm: VmId) -> PathBuf {
+        self.inner.config.dir.join("vms").join(vm.to_string())
+    }
+
+    /// Commits a changed row with whatever changes beside it; only then the state has it too.
+    pub(crate) fn commit(
+        &self,
+        state: &mut State,
+        row: VmRow,
+        beside: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let saved = row.clone();
+        self.catalog().write(move |tx| {
+            rows::save_vm(tx, &saved)?;
+            beside(tx)
+        })?;
+        state.row = row;
+        Ok(())
+    }
+
+    /// Commits a changed row.
+    pub(crate) fn commit_row(&self, state: &mut State, row: VmRow) -> Result<()> {
+        self.commit(state, row, |_| Ok(()))
+    }
+
+    /// The newest durable log of a VM.
+    pub fn head(&self, vm: VmId) -> Result<model::Head> {
+        Ok(self.vm(vm)?.live()?.row.doc.head)
+    }
+
+    /// The newest log that is folded into the flat files.
+    pub fn applied(&self, vm: VmId) -> Result<LogNumber> {
+        Ok(self.vm(vm)?.live()?.applied())
+    }
+}
+
+/// A view keeps the files of all its logs open, and an hour of cycles of 5 s makes 720 logs.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, hard, "the limit of open files could not be raised");
+    }
+}
