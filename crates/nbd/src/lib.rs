@@ -9,6 +9,8 @@
 //!   it panic, and a reply that does not fit its request ends the connection with
 //!   [`ErrorKind::Protocol`].
 //! - A read is whole or an error: chunks that leave a gap, overlap or lie outside are never handed on.
+//! - What a client can hold of our server is bounded ([`Limits`]), and it holds nothing once it is gone. When
+//!   an export has been removed, nothing touches its disk any more.
 //! - When a server dies, every request in flight and every later one fails at once, with the reason.
 //!
 //! What it does not do: TLS (both sides take any stream, so it can be put underneath), extended headers,

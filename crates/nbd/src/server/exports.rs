@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,9 +23,17 @@ pub(super) struct Export {
     users: TaskTracker,
 }
 
-impl Export {
-    /// What clients are told. One disk stands behind all connections and a flush covers what was completed
-    /// on any of them, so that there may always be several.
+/// What clients are told of an export. It does not keep the disk: a client that is slow in the negotiation
+/// holds nobody up.
+pub(super) struct Described {
+    pub size_bytes: u64,
+    read_only: bool,
+    export: Weak<Export>,
+}
+
+impl Described {
+    /// One disk stands behind all connections and a flush covers what was completed on any of them, so that
+    /// there may always be several.
     pub fn flags(&self, structured: bool) -> ExportFlags {
         let mut bits = ExportFlags::HAS_FLAGS | ExportFlags::CAN_MULTI_CONN | ExportFlags::SEND_FLUSH;
         bits |= if self.read_only {
@@ -91,17 +99,22 @@ impl Exports {
         true
     }
 
-    pub fn get(&self, name: &str) -> Option<Arc<Export>> {
-        self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    pub fn describe(&self, name: &str) -> Option<Described> {
+        let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
+        let export = by_name.get(name)?;
+        let Export { size_bytes, read_only, .. } = **export;
+        Some(Described { size_bytes, read_only, export: Arc::downgrade(export) })
     }
 
-    /// For a client that opens it. The use is counted while the table is locked: who has taken the export
-    /// out of it waits for just those that were counted before.
-    pub fn open(&self, name: &str) -> Option<Use> {
+    /// For a client that was told of it, unless it was removed since. The use is counted while the table is
+    /// locked: who has taken the export out of it waits for just those that were counted before.
+    pub fn open(&self, described: &Described) -> Option<Use> {
         let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
-        let export = by_name.get(name)?.clone();
+        let export = described.export.upgrade()?;
+        // There may be another of that name by now.
+        let shown = by_name.get(&export.name).is_some_and(|found| Arc::ptr_eq(found, &export));
         let token = export.users.token();
-        Some(Use { export, _token: token })
+        shown.then_some(Use { export, _token: token })
     }
 
     pub fn names(&self) -> Vec<String> {

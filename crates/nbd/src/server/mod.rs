@@ -4,6 +4,7 @@
 //! as replies are taken from the socket, so a client that asks and does not read stands still by itself.
 //! A disk's calls run on blocking threads, of which one server uses a bounded number.
 
+mod buffers;
 mod exports;
 mod negotiate;
 mod replies;
@@ -21,6 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::buffers::Buffers;
 use self::exports::Exports;
 use self::session::Session;
 use self::socket::SocketFile;
@@ -58,6 +60,8 @@ impl Default for Limits {
     }
 }
 
+/// Longer reads and writes go to the disk in pieces, cut at multiples of this.
+const PIECE_BYTES: u64 = 256 << 10;
 /// Bytes of payload that one connection can hold.
 const CONNECTION_BYTES: usize = 4 << 20;
 /// Bytes of payload that go in one piece, because the client knows no structured replies or wants no
@@ -83,6 +87,7 @@ struct Shared {
     connections: Arc<Semaphore>,
     disk_calls: Arc<Semaphore>,
     whole_bytes: Arc<Semaphore>,
+    buffers: Arc<Buffers>,
     ended: CancellationToken,
     tasks: TaskTracker,
 }
@@ -113,6 +118,7 @@ impl Server {
             connections: Arc::new(Semaphore::new(limits.connections)),
             disk_calls: Arc::new(Semaphore::new(limits.disk_calls.max(1))),
             whole_bytes: Arc::new(Semaphore::new(WHOLE_BYTES)),
+            buffers: Arc::default(),
             ended: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
@@ -184,7 +190,7 @@ impl Server {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         if let Some(connection) = self.inner.shared.connection() {
-            connection.serve(stream).await;
+            self.inner.shared.tasks.track_future(connection.serve(stream)).await;
         }
     }
 }

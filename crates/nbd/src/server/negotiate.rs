@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::exports::{Export, Exports, Use};
+use super::exports::{Described, Exports, Use};
 use crate::codec::{
     BlockSizes, DecodeError, Greeting, Info, ListedExport, MetaContext, MetaRequest, NAME_BYTES_MAX,
     OpenRequest, OptionCode, OptionHeader, OptionReplyHeader, PAYLOAD_BYTES_MAX, ReplyCode, encode_opened,
@@ -119,37 +119,34 @@ where
 
     /// Describes an export, and opens it if the option says so.
     async fn describe(&mut self, option: OptionCode, request: &OpenRequest) -> io::Result<Next> {
-        let opened = self.exports.open(&request.export);
-        let Some(opened) = opened else {
+        let Some(export) = self.exports.describe(&request.export) else {
             self.refuse(option, ReplyCode::ERR_UNKNOWN, &no_such_export(&request.export)).await?;
             return Ok(Next::Option);
         };
-        let export = &opened.export;
         let size = Info::Export { size_bytes: export.size_bytes, flags: export.flags(self.structured) };
         self.put(option, ReplyCode::INFO, &size.encode()).await?;
         if request.infos.contains(&info_code::BLOCK_SIZE) {
             self.put(option, ReplyCode::INFO, &Info::BlockSize(BLOCK_SIZES).encode()).await?;
         }
         self.reply(option, ReplyCode::ACK, &[]).await?;
-        Ok(if option == OptionCode::GO { Next::Opened(self.agreed(opened)) } else { Next::Option })
+        if option == OptionCode::GO { self.open(&export).map(Next::Opened) } else { Ok(Next::Option) }
     }
 
     async fn open_by_name(&mut self, data: &[u8], padded: bool) -> io::Result<Agreed> {
         // There is no way to say no to this option but to hang up.
         let name = std::str::from_utf8(data).ok().filter(|name| name.len() <= NAME_BYTES_MAX);
-        let opened = name.and_then(|name| self.exports.open(name));
-        let opened = opened.ok_or(DecodeError::Invalid("no such export")).map_err(broken)?;
-        let Export { size_bytes, .. } = *opened.export;
-        let flags = opened.export.flags(self.structured);
-        self.stream.write_all(&encode_opened(size_bytes, flags, padded)).await?;
+        let export = name.and_then(|name| self.exports.describe(name)).ok_or_else(gone)?;
+        let flags = export.flags(self.structured);
+        self.stream.write_all(&encode_opened(export.size_bytes, flags, padded)).await?;
         self.stream.flush().await?;
-        Ok(self.agreed(opened))
+        self.open(&export)
     }
 
-    fn agreed(&self, opened: Use) -> Agreed {
+    fn open(&self, export: &Described) -> io::Result<Agreed> {
+        let opened = self.exports.open(export).ok_or_else(gone)?;
         // A choice is for the export that it was made for.
         let allocation = self.allocation_of.as_ref() == Some(&opened.export.name);
-        Agreed { opened, structured: self.structured, allocation }
+        Ok(Agreed { opened, structured: self.structured, allocation })
     }
 
     async fn contexts(&mut self, option: OptionCode, request: &MetaRequest) -> io::Result<()> {
@@ -162,7 +159,7 @@ where
             let words = "structured replies come first";
             return self.refuse(option, ReplyCode::ERR_INVALID, words).await;
         }
-        if self.exports.get(&request.export).is_none() {
+        if self.exports.describe(&request.export).is_none() {
             return self.refuse(option, ReplyCode::ERR_UNKNOWN, &no_such_export(&request.export)).await;
         }
         let asked = |query: &String| query == BASE_ALLOCATION || (!choose && query == "base:");
@@ -195,6 +192,10 @@ fn no_such_export(name: &str) -> String {
     // Long names are cut: the words must fit into what clients read.
     let shown: String = name.chars().take(200).collect();
     format!("there is no export {shown:?}")
+}
+
+fn gone() -> io::Error {
+    broken(DecodeError::Invalid("the client opens an export that is not there"))
 }
 
 /// The connection is to end: the client does not keep to the protocol.

@@ -9,6 +9,8 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReade
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::PIECE_BYTES;
+use super::buffers::Buffers;
 use super::negotiate::{ALLOCATION_ID, broken};
 use super::replies::{Reply, stalled};
 use super::session::{Answer, Session};
@@ -17,8 +19,6 @@ use crate::disk::{Disk, all_extents, cut, extents_of};
 
 /// Holds some headers and a small payload; larger payloads bypass it.
 const READ_BUFFER_BYTES: usize = 16 << 10;
-/// Longer reads and writes go to the disk in pieces, cut at multiples of this.
-const PIECE_BYTES: u64 = 256 << 10;
 /// Reads of at least this leave out zeros, in runs of at least this.
 const HOLE_BYTES_MIN: u64 = 32 << 10;
 /// The most extents in one answer: what a client then asks for further on costs little more.
@@ -132,7 +132,7 @@ impl Requests {
         for piece in cut(range_of(request), PIECE_BYTES) {
             let len = (piece.end - piece.start) as usize;
             let memory = self.session.memory(len).await;
-            let mut bytes = vec![0; len];
+            let mut bytes = self.session.shared.buffers.get(len);
             self.fill(input, &mut bytes).await?;
             let session = self.session.clone();
             pieces.spawn(async move {
@@ -204,7 +204,11 @@ async fn read(answer: Answer, request: Request) {
     for piece in cut(range.clone(), PIECE_BYTES) {
         let last = piece.end == range.end;
         let mut memory = Some(session.memory((piece.end - piece.start) as usize).await);
-        let runs = match session.call(|disk| read_sparse(disk, piece)).await {
+        if answer.replies.is_closed() {
+            return;
+        }
+        let buffers = session.shared.buffers.clone();
+        let runs = match session.call(move |disk| read_sparse(disk, &buffers, piece)).await {
             Ok(runs) => runs,
             Err(error) => return answer.failed(&error).await,
         };
@@ -249,7 +253,7 @@ enum Run {
 }
 
 /// Reads what is not known to be zeros.
-fn read_sparse(disk: &dyn Disk, range: Range<u64>) -> io::Result<Vec<Run>> {
+fn read_sparse(disk: &dyn Disk, buffers: &Arc<Buffers>, range: Range<u64>) -> io::Result<Vec<Run>> {
     let mut stretches: Vec<(Range<u64>, bool)> = Vec::new();
     let mut at = range.start;
     for extent in extents_for_reading(disk, range) {
@@ -261,7 +265,7 @@ fn read_sparse(disk: &dyn Disk, range: Range<u64>) -> io::Result<Vec<Run>> {
         at += extent.len;
     }
     let data = |stretch: &(Range<u64>, bool)| if stretch.1 { 0 } else { stretch.0.end - stretch.0.start };
-    let mut buffer = vec![0; stretches.iter().map(data).sum::<u64>() as usize];
+    let mut buffer = buffers.get(stretches.iter().map(data).sum::<u64>() as usize);
     let mut filled = 0;
     for (stretch, zeros) in &stretches {
         if !zeros {
@@ -270,7 +274,7 @@ fn read_sparse(disk: &dyn Disk, range: Range<u64>) -> io::Result<Vec<Run>> {
             filled += part.len();
         }
     }
-    let mut buffer = Bytes::from(buffer);
+    let mut buffer = Bytes::from_owner(buffer);
     let run = |(stretch, zeros): (Range<u64>, bool)| {
         let len = stretch.end - stretch.start;
         if zeros {

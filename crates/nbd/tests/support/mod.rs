@@ -1,9 +1,16 @@
-//! Real NBD servers for the tests: started in the background (they return when they listen), killed on drop.
+//! Real NBD servers and clients for the tests, and our own server. Servers are started in the background (they
+//! return when they listen) and killed on drop.
 #![allow(dead_code, reason = "each test file uses some of it")]
+
+pub mod raw;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 /// A server process and its folder.
 pub struct Server {
@@ -65,6 +72,63 @@ impl Drop for Server {
     }
 }
 
+/// Our own server in a folder, answering.
+pub struct Ours {
+    pub server: nbd::Server,
+    pub folder: tempfile::TempDir,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<nbd::Result<()>>,
+}
+
+impl Ours {
+    pub fn start() -> Self {
+        Self::start_with(nbd::Limits::default())
+    }
+
+    pub fn start_with(limits: nbd::Limits) -> Self {
+        let folder = folder();
+        let server = nbd::Server::bind_with(folder.path().join("ours.sock"), limits).expect("a socket");
+        let (stop, stopped) = oneshot::channel();
+        let serving = tokio::spawn({
+            let server = server.clone();
+            async move { server.serve(async { drop(stopped.await) }).await }
+        });
+        Self { server, folder, stop, serving }
+    }
+
+    /// Shows a disk and gives its URI.
+    pub fn show(&self, name: &str, disk: impl nbd::Disk) -> String {
+        self.server.add(name, Arc::new(disk)).expect("the name is free");
+        self.server.uri(name)
+    }
+
+    pub async fn connect(&self, name: &str) -> nbd::Client {
+        nbd::Client::connect(self.server.path(), name, &[nbd::BASE_ALLOCATION]).await.expect("our own server")
+    }
+
+    /// Stops it and waits for that.
+    pub async fn stop(self) {
+        let _ = self.stop.send(());
+        self.serving.await.expect("no panic").expect("served once");
+    }
+}
+
+/// A sparse file with patterned data at these places (offset, length).
+pub fn sparse_file(path: &Path, size_bytes: u64, data: &[(u64, usize)]) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::create(path).expect("a file");
+    file.set_len(size_bytes).expect("a length");
+    for &(offset, len) in data {
+        file.write_all_at(&pattern(offset, len), offset).expect("room");
+    }
+}
+
+/// A file for a writable layer, new or as it is.
+pub fn layer_file(path: &Path) -> std::fs::File {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).open(path).expect("a file")
+}
+
 pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary folder")
 }
@@ -90,6 +154,7 @@ pub fn output(program: &str, arguments: &[&str]) -> Output {
     let package = match program {
         "nbdinfo" | "nbdcopy" => "libnbd-bin",
         "nbdkit" => "nbdkit",
+        "fio" => "fio",
         _ => "qemu-utils",
     };
     let result = Command::new(program).args(arguments).output();
