@@ -1,1 +1,224 @@
-fn main() {}
+//! The command `afterimage`: arguments in, tables or JSON out, exit statuses that scripts can rely on.
+//!
+//! What a running site has to do it is asked over its control socket; what only reads a repository
+//! (`backups`, `restore`, `verify`) is done here, so that a backup can be restored when nothing else runs.
+
+mod args;
+mod demo;
+mod progress;
+mod repositories;
+mod show;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use model::gate::Access;
+use serde_json::{Value, json};
+use site::{BackupRequest, Code, Config, Exported, FailoverAction, Failure, Request};
+
+use crate::args::{Arguments, Command, Failover, Peer, View};
+use crate::progress::Bar;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("afterimage: no threads can be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(run(&arguments));
+    // A restore that was given up must not wait for its threads.
+    runtime.shutdown_background();
+    finish(&arguments, outcome)
+}
+
+/// What a command has to say: for a script, and for a person.
+struct Said {
+    json: Value,
+    text: String,
+    status: u8,
+}
+
+impl Said {
+    fn new(json: Value, text: impl Into<String>) -> Self {
+        Self { json, text: text.into(), status: 0 }
+    }
+}
+
+fn finish(arguments: &Arguments, outcome: Result<Option<Said>, Failure>) -> ExitCode {
+    match outcome {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(said)) => {
+            let text = if arguments.json { said.json.to_string() } else { said.text };
+            if !text.is_empty() {
+                print(text.trim_end());
+            }
+            ExitCode::from(said.status)
+        }
+        Err(failure) => {
+            if arguments.json {
+                print(&json!({ "error": failure }).to_string());
+            } else {
+                eprintln!("{}", show::failure(&failure));
+            }
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
+
+/// Like `println`, but a reader that has gone away (`| head`) is no panic.
+fn print(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Help and version are answers; anything else is wrong usage, in the form that was asked for.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let failure = Failure::new(Code::Usage, error.render().to_string().trim_end().to_owned());
+    if std::env::args_os().any(|argument| argument == "--json") {
+        print(&json!({ "error": failure }).to_string());
+    } else {
+        let _ = error.print();
+    }
+    ExitCode::from(failure.exit_status())
+}
+
+async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
+    let dir = &arguments.dir;
+    match &arguments.command {
+        Command::Init { name, listen } => {
+            let made = site::init(dir, name, *listen)?;
+            let text = show::init(dir, &made);
+            Ok(Some(Said::new(json!(made), text)))
+        }
+        Command::Serve => serve(arguments).await.map(|()| None),
+        Command::Backups { vm, repository } => {
+            repositories::list(dir, &repository.repository, vm.as_ref()).await.map(Some)
+        }
+        Command::Restore(restore) => repositories::restore(arguments, restore).await.map(Some),
+        Command::Verify { vm, backup, repository } => {
+            repositories::verify(arguments, &repository.repository, vm.as_ref(), backup.as_deref())
+                .await
+                .map(Some)
+        }
+        Command::Demo { keep } => demo::run(arguments, *keep).await.map(Some),
+        command => ask(arguments, command).await.map(Some),
+    }
+}
+
+async fn serve(arguments: &Arguments) -> Result<(), Failure> {
+    let level = if arguments.quiet { "error" } else { "info" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("AFTERIMAGE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = Config::load(&arguments.dir)?;
+    site::serve(&arguments.dir, config, |address| print(&format!("listening on https://{address}"))).await
+}
+
+/// Asks the running site.
+async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> {
+    let request = request(command)?;
+    let bar = Bar::new(arguments);
+    let answer = site::ask(&arguments.dir, &request, |progress| bar.show(&progress)).await;
+    bar.clear();
+    let answer = answer?;
+    let text = show::answer(&request, &answer);
+    Ok(Said::new(answer, text))
+}
+
+fn request(command: &Command) -> Result<Request, Failure> {
+    Ok(match command {
+        Command::Peer(Peer::Invite { name, vms }) => {
+            Request::PeerInvite { name: name.clone(), vms: vms.clone() }
+        }
+        Command::Peer(Peer::Accept { invite }) => Request::PeerAccept { invite: invite.clone() },
+        Command::Peer(Peer::List) => Request::PeerList,
+        Command::Peer(Peer::Remove { name }) => Request::PeerRemove { name: name.clone() },
+        Command::Protect(protect) => Request::Protect(Box::new(site::Protect {
+            vm: protect.vm.clone(),
+            qmp: absolute(&protect.qmp)?,
+            nbd: protect.nbd.as_deref().map(absolute).transpose()?,
+            to: protect.to.clone(),
+            every_s: protect.every.as_secs(),
+            disks: protect.disks.clone(),
+            points: protect.points,
+            app_every_s: protect.app_every.map(|every| every.as_secs()),
+            guest_agent: protect.guest_agent.as_deref().map(absolute).transpose()?,
+            bandwidth_bytes_per_s: protect.bandwidth,
+        })),
+        Command::Status { vm } => Request::Status { vm: vm.clone() },
+        Command::Points { vm } => Request::Points { vm: vm.clone() },
+        Command::Pause { vm } => Request::Pause { vm: vm.clone() },
+        Command::Resume { vm } => Request::Resume { vm: vm.clone() },
+        Command::Resync { vm } => Request::Resync { vm: vm.clone() },
+        Command::Sync { vm } => Request::Sync { vm: vm.clone() },
+        Command::Unprotect { vm } => Request::Unprotect { vm: vm.clone() },
+        Command::Backup(backup) => Request::Backup(BackupRequest {
+            vm: backup.vm.clone(),
+            point: backup.point,
+            consistency: consistency(backup.consistency),
+            view: match backup.view {
+                View::Pinned => Access::Pinned,
+                View::Strict => Access::Strict,
+                View::Hold => Access::Hold,
+            },
+            repository: backup.repository.repository.clone(),
+            no_retry: backup.no_retry,
+        }),
+        Command::Jobs => Request::Jobs,
+        Command::Hold { vm, lease } => Request::Hold { vm: vm.clone(), for_s: lease.as_secs() },
+        Command::Release { hold } => Request::Release { hold: hold.clone() },
+        Command::Export(export) => Request::Export(exported(export)?),
+        Command::Unexport { export } => Request::Unexport { export: export.clone() },
+        Command::Failover(Failover::Unplanned { vm, point }) => {
+            Request::Failover { action: FailoverAction::Unplanned, vm: vm.clone(), point: *point }
+        }
+        Command::Failover(Failover::Cancel { vm }) => {
+            Request::Failover { action: FailoverAction::Cancel, vm: vm.clone(), point: None }
+        }
+        Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+        Command::Events { count } => Request::Events { count: *count },
+        Command::Init { .. }
+        | Command::Serve
+        | Command::Backups { .. }
+        | Command::Restore(_)
+        | Command::Verify { .. }
+        | Command::Demo { .. } => {
+            return Err(Failure::new(Code::Internal, "this command is not for a running site"));
+        }
+    })
+}
+
+fn exported(export: &args::Export) -> Result<site::Export, Failure> {
+    let what = match (&export.vm, &export.backup) {
+        (Some(vm), None) => Exported::Point { vm: vm.clone(), point: export.point },
+        (None, Some(backup)) => {
+            Exported::Backup { backup: backup.clone(), repository: export.repository.repository.clone() }
+        }
+        _ => return Err(Failure::new(Code::Usage, "name a VM, or a backup with --backup")),
+    };
+    Ok(site::Export { what, writable: export.writable })
+}
+
+/// The site's own `prefer-application` stands where nothing else is asked for.
+fn consistency(wanted: args::ConsistencyWanted) -> Option<model::Wanted> {
+    match wanted {
+        args::ConsistencyWanted::Application => Some(model::Wanted::Application),
+        args::ConsistencyWanted::PreferApplication => None,
+        args::ConsistencyWanted::Crash => Some(model::Wanted::Crash),
+    }
+}
+
+/// A path as the site sees it, which runs in another folder.
+fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf, Failure> {
+    std::path::absolute(path).map_err(|error| Failure::io("find", path, &error))
+}

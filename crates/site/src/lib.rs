@@ -1,1 +1,37 @@
-//! One running site: catalog, scheduler, jobs, API
+//! One running site: its settings, its peers, the VMs protected here and the replicas kept here, the backup
+//! jobs, and the two doors to it (the HTTPS port for peers, the control socket for the command line).
+//!
+//! What holds:
+//! * disk bytes reach a repository only from a view or a hold that the gate has admitted ([`source`]);
+//! * a job's every step is in the catalog before anything waits, so a killed site goes on where it was;
+//! * a peer does only what its entry allows, asked at every request.
+//!
+//! What it does not do: decide (that is `model` and `chain`), move disk bytes (`primary`, `replica`,
+//! `repository`), parse a command line (`cli`).
+
+mod backup;
+mod clock;
+mod commands;
+mod config;
+mod control;
+mod endpoint;
+mod events;
+mod exports;
+mod failure;
+mod init;
+mod jobs;
+mod peers;
+mod request;
+mod serve;
+mod source;
+mod status;
+
+pub use backup::open_repository;
+pub use clock::rfc3339;
+pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
+pub use control::ask;
+pub use failure::{Code, Failure};
+pub use init::{Made, init};
+pub use request::{BackupRequest, Export, Exported, FailoverAction, Line, Progress, Protect, Request};
+pub use serve::serve;
+pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -1,0 +1,331 @@
+//! The command line, as `docs` of the project promise it: stable, scripts depend on it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use model::{LogId, VmName};
+
+/// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
+#[derive(Debug, Parser)]
+#[command(name = "afterimage", version, about, max_term_width = 100)]
+pub struct Arguments {
+    /// The site's folder.
+    #[arg(
+        long,
+        global = true,
+        env = "AFTERIMAGE_DIR",
+        default_value = "/var/lib/afterimage",
+        value_name = "DIR"
+    )]
+    pub dir: PathBuf,
+    /// One JSON document on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Nothing on standard error but errors.
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a site in DIR: identity, config, catalog, a local repository.
+    Init {
+        /// What the site is called.
+        #[arg(long)]
+        name: String,
+        /// Where it listens, as ADDRESS:PORT.
+        #[arg(long, value_name = "ADDR")]
+        listen: SocketAddr,
+    },
+    /// Run the site until SIGTERM.
+    Serve,
+    /// Sites that trust each other.
+    #[command(subcommand)]
+    Peer(Peer),
+    /// Start to protect a VM: its initial replication begins.
+    Protect(Protect),
+    /// The relationships of this site.
+    Status {
+        /// One VM only.
+        vm: Option<VmName>,
+    },
+    /// The recovery points of a replica.
+    Points { vm: VmName },
+    /// Stop replicating a VM; changes are remembered.
+    Pause { vm: VmName },
+    /// Replicate again, at once; on the replica's site: apply again after a failure was mended.
+    Resume { vm: VmName },
+    /// Compare both sides and send what differs.
+    Resync { vm: VmName },
+    /// Run a cycle now and wait until its point is at the replica.
+    Sync { vm: VmName },
+    /// Stop protecting a VM; on the replica's site: remove its replica (its backups stay).
+    Unprotect { vm: VmName },
+    /// Back up a replica.
+    Backup(Backup),
+    /// Backup jobs that wait or run, and the newest that have ended.
+    Jobs,
+    /// The backups there are.
+    Backups {
+        /// Of one VM only.
+        vm: Option<VmName>,
+        #[command(flatten)]
+        repository: RepositoryArgument,
+    },
+    /// Write the disks of a backup to files.
+    Restore(Restore),
+    /// Read backups and compare them with their checksums.
+    Verify {
+        /// Of one VM only.
+        vm: Option<VmName>,
+        /// One backup only.
+        #[arg(long, value_name = "ID")]
+        backup: Option<String>,
+        #[command(flatten)]
+        repository: RepositoryArgument,
+    },
+    /// Keep the flat files of a replica quiet, for another backup product.
+    Hold {
+        vm: VmName,
+        /// For how long at the most.
+        #[arg(long = "for", default_value = "10m", value_parser = humantime::parse_duration, value_name = "TIME")]
+        lease: Duration,
+    },
+    /// End a hold.
+    Release { hold: String },
+    /// Show the disks of a recovery point or of a backup over NBD, on a unix socket.
+    Export(Export),
+    /// End an export.
+    Unexport { export: String },
+    /// Start a VM from its replica, or go back.
+    #[command(subcommand)]
+    Failover(Failover),
+    /// Move a replica's storage to another folder.
+    Migrate {
+        vm: VmName,
+        /// The folder; it is made if it is not there.
+        #[arg(long, value_name = "DIR")]
+        storage: PathBuf,
+    },
+    /// What happened: refused peers, failed cycles, backups given up.
+    Events {
+        /// How many, newest first.
+        #[arg(long, default_value_t = 50)]
+        count: u32,
+    },
+    /// Show everything on this machine in about a minute: two sites, a VM under load, backups, a restore.
+    Demo {
+        /// Leave both sites running at the end, and say how to look at them.
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Peer {
+    /// Print a line that makes another site a peer: it is good for 15 minutes and for one site.
+    Invite {
+        /// What the peer will be called here.
+        name: VmName,
+        /// Which VMs it may replicate to this site, by name; `*` stands for anything.
+        #[arg(long, default_value = "*", value_name = "PATTERN")]
+        vms: String,
+    },
+    /// Become a peer of the site that printed this line.
+    Accept { invite: String },
+    /// The peers there are.
+    List,
+    /// End the trust in a peer.
+    Remove { name: String },
+}
+
+#[derive(Debug, Args)]
+pub struct Protect {
+    /// What the VM is to be called here and at the replica.
+    pub vm: VmName,
+    /// Its QMP socket; Afterimage needs one for itself.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// The socket of QEMU's NBD server, where it has one already.
+    #[arg(long, value_name = "SOCKET")]
+    pub nbd: Option<PathBuf>,
+    /// The peer that keeps the replica.
+    #[arg(long, value_name = "PEER")]
+    pub to: String,
+    /// The time between two cycles, 5s to 15min.
+    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub every: Duration,
+    /// A block node to protect; repeat it for more. All writable disks if none is named.
+    #[arg(long = "disk", value_name = "NODE")]
+    pub disks: Vec<String>,
+    /// Hourly recovery points to keep beside the latest, 0 to 24.
+    #[arg(long, default_value_t = 0)]
+    pub points: u8,
+    /// The time between application-consistent points; needs --guest-agent.
+    #[arg(long, value_parser = humantime::parse_duration, requires = "guest_agent", value_name = "TIME")]
+    pub app_every: Option<Duration>,
+    /// The guest agent's socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub guest_agent: Option<PathBuf>,
+    /// The most that this relationship may send, in bytes per second (500k, 2M, 1G).
+    #[arg(long, value_parser = bytes_per_second, value_name = "RATE")]
+    pub bandwidth: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Backup {
+    pub vm: VmName,
+    /// A certain recovery point; `points` lists them.
+    #[arg(long, value_name = "ID")]
+    pub point: Option<LogId>,
+    /// How consistent the point must be.
+    #[arg(long, value_enum, default_value_t = ConsistencyWanted::PreferApplication)]
+    pub consistency: ConsistencyWanted,
+    /// What is read: a pinned view, the same but refused while logs are applied, or the flat files.
+    #[arg(long, value_enum, default_value_t = View::Pinned)]
+    pub view: View,
+    #[command(flatten)]
+    pub repository: RepositoryArgument,
+    /// Exit with 75 at the first refusal.
+    #[arg(long)]
+    pub no_retry: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RepositoryArgument {
+    /// The repository, by its name in the config.
+    #[arg(long, default_value = site::LOCAL_REPOSITORY)]
+    pub repository: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    pub vm: VmName,
+    /// The backup; the first digits of its id are enough. `latest` is the newest.
+    #[arg(long, value_name = "ID")]
+    pub backup: String,
+    /// The folder to write to.
+    #[arg(long, value_name = "PATH")]
+    pub to: PathBuf,
+    /// The files' format.
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub format: Format,
+    /// A disk to restore; repeat it for more. All if none is named.
+    #[arg(long = "disk", value_name = "NAME")]
+    pub disks: Vec<String>,
+    /// Save what is unharmed where a part of the backup is damaged.
+    #[arg(long)]
+    pub keep_going: bool,
+    /// Replace files that are there.
+    #[arg(long)]
+    pub overwrite: bool,
+    #[command(flatten)]
+    pub repository: RepositoryArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// The VM whose recovery point is shown.
+    #[arg(required_unless_present = "backup")]
+    pub vm: Option<VmName>,
+    /// The recovery point; the newest if none is named.
+    #[arg(long, value_name = "ID", requires = "vm")]
+    pub point: Option<LogId>,
+    /// A backup instead.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["vm", "point"])]
+    pub backup: Option<String>,
+    /// Let it be written to; what is written is gone with the export.
+    #[arg(long)]
+    pub writable: bool,
+    #[command(flatten)]
+    pub repository: RepositoryArgument,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Failover {
+    /// Start from the replica without the primary: gives disks to start the VM with.
+    Unplanned {
+        vm: VmName,
+        /// The recovery point; the newest if none is named.
+        #[arg(long, value_name = "ID")]
+        point: Option<LogId>,
+    },
+    /// Go back to replicating: what was written since is dropped.
+    Cancel { vm: VmName },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ConsistencyWanted {
+    Application,
+    PreferApplication,
+    Crash,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum View {
+    Pinned,
+    Strict,
+    Hold,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Format {
+    Raw,
+    Qcow2,
+    Vhdx,
+}
+
+/// `500k`, `2M`, `1G` or plain bytes.
+fn bytes_per_second(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+        Some(end) => text.split_at(end),
+        None => (text, ""),
+    };
+    let factor = match unit.trim_end_matches("/s").trim_end_matches(['b', 'B']) {
+        "" => 1,
+        "k" | "K" => 1000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        _ => return Err(format!("{unit:?} is not a unit; use k, M or G (bytes per second)")),
+    };
+    let rate = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+    rate.filter(|&rate| rate >= 10_000)
+        .ok_or_else(|| "a rate is a number of bytes per second, at least 10k".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_interval_is_the_one_that_the_model_knows() {
+        let parsed =
+            Arguments::try_parse_from(["afterimage", "protect", "web", "--qmp", "/q", "--to", "head"])
+                .unwrap();
+        let Command::Protect(protect) = parsed.command else {
+            panic!("protect was parsed as something else")
+        };
+        assert_eq!(protect.every.as_secs(), model::INTERVAL_DEFAULT_SECONDS);
+    }
+
+    #[test]
+    fn rates_have_units() {
+        assert_eq!(bytes_per_second("2M"), Ok(2_000_000));
+        assert_eq!(bytes_per_second("500kB/s"), Ok(500_000));
+        assert_eq!(bytes_per_second("12345"), Ok(12_345));
+        for bad in ["", "M", "2X", "1", "99999999999999999999G"] {
+            assert!(bytes_per_second(bad).is_err(), "{bad}");
+        }
+    }
+}

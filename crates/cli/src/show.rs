@@ -1,0 +1,339 @@
+//! Answers as a person reads them: tables that fit a terminal, units, and the next step where there is one.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::Value;
+use site::{Failure, Made, Request};
+
+/// A failure: what happened, and when to come again.
+pub fn failure(failure: &Failure) -> String {
+    let mut text = format!("afterimage: {}", failure.message);
+    if let Some(condition) = failure.condition {
+        let _ = write!(text, "\n  condition: {condition}");
+    }
+    if let Some(seconds) = failure.retry_after_s {
+        let _ = write!(text, "\n  try again in: {seconds} s");
+    }
+    text
+}
+
+pub fn init(dir: &Path, made: &Made) -> String {
+    let dir = dir.display();
+    format!(
+        "Site {} is ready in {dir}.\n  fingerprint  {}\n  address      {}\n  repository   {dir}/repository\n  \
+         password     {dir}/repository.password (keep a copy elsewhere: without it no backup can be read)\n\n\
+         Next: afterimage --dir {dir} serve",
+        made.name, made.fingerprint, made.address
+    )
+}
+
+/// The answer of a running site.
+pub fn answer(request: &Request, answer: &Value) -> String {
+    match request {
+        Request::PeerInvite { name, .. } => format!(
+            "Run this at {name}, within 15 minutes (it is good for one site):\n\n  afterimage peer accept {}\n",
+            text(&answer["invite"])
+        ),
+        Request::PeerAccept { .. } => format!("{} and this site are peers now.", text(&answer["name"])),
+        Request::PeerList => peers(answer),
+        Request::PeerRemove { name } => format!("{name} is no peer any more; what it replicated here stays."),
+        Request::Protect(protect) => {
+            format!("{} is protected now.\n\n{}", protect.vm, relationships(std::slice::from_ref(answer)))
+        }
+        Request::Status { vm } => {
+            let vms = list(&answer["vms"]);
+            if vms.is_empty() {
+                return "No VM is protected here, and there is no replica.".into();
+            }
+            let mut shown = relationships(vms);
+            for vm in vms.iter().filter(|entry| vm.is_some() || noteworthy(entry)) {
+                let _ = write!(shown, "\n{}", details(vm));
+            }
+            shown
+        }
+        Request::Pause { .. } | Request::Resume { .. } | Request::Resync { .. } | Request::Sync { .. } => {
+            relationships(std::slice::from_ref(answer))
+        }
+        Request::Unprotect { vm } => format!("{vm} is not protected any more."),
+        Request::Points { .. } => points(list(&answer["points"])),
+        Request::Backup(request) => backup(request.vm.as_str(), answer),
+        Request::Jobs => jobs(list(&answer["jobs"])),
+        Request::Hold { .. } => hold(answer),
+        Request::Release { hold } => format!("Hold {hold} is released; it was valid to its end."),
+        Request::Export(_) => export(answer),
+        Request::Unexport { export } => format!("Export {export} is ended."),
+        Request::Failover { .. } => failover(answer),
+        Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
+        Request::Events { .. } => events(list(&answer["events"])),
+    }
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or("-")
+}
+
+fn number(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".into(), |number| number.to_string())
+}
+
+/// "1.4 GiB".
+pub fn bytes(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".into(), |bytes| indicatif::BinaryBytes(bytes).to_string())
+}
+
+/// "12.3 s".
+fn seconds(value: &Value) -> String {
+    match value.as_f64() {
+        None => "-".into(),
+        Some(seconds) if seconds < 120.0 => format!("{seconds:.1} s"),
+        Some(seconds) => {
+            model::human_duration(std::time::Duration::from_secs_f64(seconds.clamp(0.0, 1e12))).to_string()
+        }
+    }
+}
+
+/// "2026-11-24 21:00:12": a moment without what only a machine needs.
+pub fn moment(value: &Value) -> String {
+    value.as_str().map_or_else(|| "-".into(), |text| text.replace('T', " ").chars().take(19).collect())
+}
+
+/// Columns as wide as their widest cell; no trailing blanks.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let head: Vec<String> = head.iter().map(|&cell| cell.to_owned()).collect();
+    let mut shown = String::new();
+    for row in std::iter::once(&head).chain(rows) {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        let _ = writeln!(shown, "{}", cells.join("  ").trim_end());
+    }
+    shown
+}
+
+fn peers(answer: &Value) -> String {
+    let rows: Vec<_> = list(&answer["peers"])
+        .iter()
+        .map(|peer| {
+            let cell = |key: &str| text(&peer[key]).to_owned();
+            vec![cell("name"), cell("address"), cell("vms"), moment(&peer["since"]), cell("fingerprint")]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "No peers; 'afterimage peer invite NAME' makes one.".into();
+    }
+    table(&["PEER", "ADDRESS", "MAY SEND", "SINCE", "FINGERPRINT"], &rows)
+}
+
+fn relationships(vms: &[Value]) -> String {
+    let rows: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            let cell = |key: &str| text(&vm[key]).to_owned();
+            vec![
+                cell("name"),
+                cell("role"),
+                cell("peer"),
+                state(vm),
+                cell("health"),
+                seconds(&vm["lag_s"]),
+                bytes(&vm["pending_bytes"]),
+                moment(&vm["last_point"]),
+            ]
+        })
+        .collect();
+    table(&["VM", "ROLE", "PEER", "STATE", "HEALTH", "LAG", "PENDING", "LAST POINT"], &rows)
+}
+
+fn state(vm: &Value) -> String {
+    let mut state = text(&vm["state"]).to_owned();
+    let progress = &vm["progress"];
+    if let (Some(done), Some(total)) = (progress["covered_bytes"].as_u64(), progress["total_bytes"].as_u64())
+    {
+        let _ = write!(state, " {}%", (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(100));
+    }
+    if vm["paused"] == true {
+        state.push_str(" (paused)");
+    }
+    state
+}
+
+fn noteworthy(vm: &Value) -> bool {
+    vm["health"] != "normal" || !vm["error"].is_null()
+}
+
+fn details(vm: &Value) -> String {
+    let mut shown = format!("{} ({})\n", text(&vm["name"]), text(&vm["role"]));
+    let mut line = |what: &str, value: String| {
+        let _ = writeln!(shown, "  {what:<12} {value}");
+    };
+    if let Some(reason) = vm["health_reason"].as_str().filter(|reason| !reason.is_empty()) {
+        line("health", reason.to_owned());
+    }
+    if let Some(message) = vm["error"]["message"].as_str().filter(|&m| vm["health_reason"] != m) {
+        line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"])));
+    }
+    if let Some(at) = vm["next_cycle_at"].as_str().filter(|_| !vm["error"].is_null()) {
+        line("next try", moment(&at.into()));
+    }
+    for disk in list(&vm["disks"]) {
+        line("disk", format!("{}  {}", text(&disk["name"]), bytes(&disk["size_bytes"])));
+    }
+    if vm["interval_s"].is_u64() {
+        line("interval", format!("{} s, {} hourly points", number(&vm["interval_s"]), number(&vm["points"])));
+    }
+    let cycle = &vm["last_cycle"];
+    if !cycle.is_null() {
+        let sent = format!("{} in {}", bytes(&cycle["log_bytes"]), seconds(&cycle["total_s"]));
+        line("last cycle", format!("{sent}, at {}", moment(&cycle["moment"])));
+    }
+    if vm["role"] == "replica" {
+        let (received, applied) = (number(&vm["received"]), number(&vm["applied"]));
+        line("logs", format!("{received} received, {applied} applied; apply is {}", text(&vm["apply"])));
+    }
+    shown
+}
+
+fn points(points: &[Value]) -> String {
+    let rows: Vec<_> = points
+        .iter()
+        .map(|point| {
+            vec![
+                text(&point["id"]).to_owned(),
+                number(&point["number"]),
+                moment(&point["taken_at"]),
+                text(&point["consistency"]).to_owned(),
+                bytes(&point["bytes"]),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "No recovery points yet.".into();
+    }
+    table(&["POINT", "NUMBER", "TAKEN AT", "CONSISTENCY", "LOG"], &rows)
+}
+
+fn backup(vm: &str, answer: &Value) -> String {
+    let mut shown = format!(
+        "{vm} is backed up: backup {}, point {} of {} ({}-consistent)\n  read {}, added {}, {}\n",
+        &text(&answer["backup"]).chars().take(8).collect::<String>(),
+        number(&answer["number"]),
+        moment(&answer["taken_at"]),
+        text(&answer["consistency"]),
+        bytes(&answer["bytes_read"]),
+        bytes(&answer["bytes_added"]),
+        seconds(&answer["seconds"]),
+    );
+    for attempt in list(&answer["attempts"]) {
+        let _ = writeln!(shown, "  refused at {}: {}", moment(&attempt["at"]), text(&attempt["refused"]));
+    }
+    shown
+}
+
+fn jobs(jobs: &[Value]) -> String {
+    let rows: Vec<_> = jobs
+        .iter()
+        .map(|job| {
+            let refused: Vec<&str> =
+                list(&job["attempts"]).iter().map(|attempt| text(&attempt["refused"])).collect();
+            vec![
+                number(&job["id"]),
+                text(&job["vm"]).to_owned(),
+                text(&job["state"]).to_owned(),
+                moment(&job["made_at"]),
+                moment(&job["next_at"]),
+                if refused.is_empty() { "-".into() } else { refused.join(", ") },
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "No backup has been asked for yet.".into();
+    }
+    table(&["JOB", "VM", "STATE", "SINCE", "NEXT TRY", "REFUSED BY"], &rows)
+}
+
+fn hold(answer: &Value) -> String {
+    let mut shown = format!(
+        "Hold {} until {}: the flat files equal point {}\n",
+        text(&answer["hold"]),
+        moment(&answer["expires_at"]),
+        text(&answer["point"])
+    );
+    for disk in list(&answer["disks"]) {
+        let _ =
+            writeln!(shown, "  {}  {}  {}", text(&disk["name"]), text(&disk["path"]), bytes(&disk["bytes"]));
+    }
+    let _ = write!(shown, "\nWhen the files are read: afterimage release {}", text(&answer["hold"]));
+    shown
+}
+
+fn export(answer: &Value) -> String {
+    let mut shown = String::new();
+    for disk in list(&answer["disks"]) {
+        let _ = writeln!(shown, "{}  {}", text(&disk["name"]), text(&disk["uri"]));
+    }
+    let _ = write!(shown, "\nEnd it: afterimage unexport {}", text(&answer["export"]));
+    shown
+}
+
+fn failover(answer: &Value) -> String {
+    let disks = list(&answer["disks"]);
+    if disks.is_empty() {
+        return relationships(std::slice::from_ref(answer));
+    }
+    let mut shown = format!("Start the VM with these disks (point {}):\n", text(&answer["point"]));
+    for disk in disks {
+        let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), text(&disk["path"]));
+    }
+    shown.push_str(
+        "\nThe replica takes no logs until 'afterimage failover cancel', which drops what is written now.",
+    );
+    shown
+}
+
+fn events(events: &[Value]) -> String {
+    let rows: Vec<_> = events
+        .iter()
+        .map(|event| {
+            let cell = |key: &str| text(&event[key]).to_owned();
+            vec![moment(&event["at"]), cell("kind"), cell("vm"), cell("peer"), cell("message")]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "Nothing noteworthy has happened.".into();
+    }
+    table(&["AT", "KIND", "VM", "PEER", "WHAT"], &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_table_lines_up_and_has_no_trailing_blanks() {
+        let shown =
+            table(&["VM", "STATE"], &[vec!["web".into(), "x".into()], vec!["database".into(), "yy".into()]]);
+        assert_eq!(shown, "VM        STATE\nweb       x\ndatabase  yy\n");
+    }
+
+    #[test]
+    fn what_is_not_known_is_a_dash() {
+        assert_eq!(
+            (bytes(&json!(null)), seconds(&json!(null)), moment(&json!(null))),
+            ("-".into(), "-".into(), "-".into())
+        );
+        assert_eq!(moment(&json!("2026-11-24T21:00:12.345Z")), "2026-11-24 21:00:12");
+        assert_eq!(seconds(&json!(7200.0)), "2 h");
+    }
+}

@@ -1,0 +1,127 @@
+//! Two sites, a line between them, and a VM's disks under a writer.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rig::{Line, Output, Site, StorageDaemon, Writer, fill, state_of_files};
+use serde_json::Value;
+use tempfile::TempDir;
+use witness::{Region, Script};
+
+pub const MIB: u64 = 1 << 20;
+/// The VM's disks: of different sizes, the second no multiple of a MiB. The second has room for bursts.
+pub const DISKS: [(&str, u64); 2] = [("system", 48 * MIB), ("data", 640 * MIB + 20480)];
+/// Where on the second disk a burst goes: nothing else writes there.
+pub const BURST_AT: u64 = 64 * MIB;
+/// Long enough for a loaded machine; nothing waits so long when all is well.
+pub const LONG: Duration = Duration::from_secs(60);
+/// The VM.
+pub const VM: &str = "web";
+
+/// Everything of one test; ends with it.
+pub struct World {
+    pub writer: Option<Writer>,
+    pub script: Arc<Script>,
+    pub branch: Site,
+    pub head: Site,
+    pub line: Line,
+    pub daemon: StorageDaemon,
+    pub dir: TempDir,
+}
+
+impl World {
+    /// Two sites that are peers, and a VM that is not protected yet.
+    pub fn new(seed: u64) -> Self {
+        Self::with_head_in(seed, None)
+    }
+
+    /// The same with the replica's site in a folder of its own.
+    pub fn with_head_in(seed: u64, head_dir: Option<&std::path::Path>) -> Self {
+        let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
+        let daemon = StorageDaemon::start(&dir.path().join("vm"), &DISKS).unwrap();
+        let regions = (0..DISKS.len()).map(|disk| Region { disk, offset: 4 * MIB, len: 8 * MIB });
+        let script = Arc::new(Script::new(seed, regions.collect(), 5));
+        let mut head = Site::init(head_dir.unwrap_or(dir.path()), "head").unwrap();
+        let mut branch = Site::init(dir.path(), "branch").unwrap();
+        let line = Line::to(head.address()).unwrap();
+        // Invites name the line, so that all replication crosses it.
+        let advertise = format!("\nadvertise = \"{}\"\n", line.address());
+        head.configure(&[("\n# What peers are told", &format!("{advertise}# What peers are told"))]).unwrap();
+        for site in [&head, &branch] {
+            site.configure(&[
+                ("interval-min-s = 5", "interval-min-s = 1"),
+                ("backoff-s = [60, 120, 240, 480, 600, 1800]", "backoff-s = [1]"),
+                ("patience-s = 30", "patience-s = 3"),
+                ("delay-max-s = 900", "delay-max-s = 2"),
+                ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
+            ])
+            .unwrap();
+        }
+        head.serve().unwrap();
+        branch.serve().unwrap();
+        head.invite(&branch).unwrap();
+        Self { writer: None, script, branch, head, line, daemon, dir }
+    }
+
+    /// Starts to write, going on where an earlier writer stopped.
+    pub fn write(&mut self, from: u64, pause: Duration) {
+        self.writer = Some(Writer::start(&self.daemon, self.script.clone(), from, pause).unwrap());
+    }
+
+    /// Writes `mib` MiB that do not compress, beside the writer.
+    pub fn burst(&self, mib: u64, seed: u64) {
+        fill(&self.daemon, DISKS[1].0, BURST_AT, mib * MIB, seed).unwrap();
+    }
+
+    /// Stops writing; the number to go on with.
+    pub fn quiet(&mut self) -> u64 {
+        self.writer.take().map_or(1, Writer::stop)
+    }
+
+    /// The newest write begun.
+    pub fn begun(&self) -> u64 {
+        self.writer.as_ref().map_or(u64::MAX, Writer::begun)
+    }
+
+    /// Protects the VM.
+    pub fn protect(&self, every: &str, more: &[&str]) -> Value {
+        let (qmp, nbd) = (self.daemon.qmp(), self.daemon.nbd());
+        let mut arguments =
+            vec!["protect", VM, "--qmp", path(&qmp), "--nbd", path(&nbd), "--to", "head", "--every", every];
+        arguments.extend(more);
+        self.branch.ok(&arguments).unwrap()
+    }
+
+    /// Waits until cycles of changes run.
+    pub fn replicating(&self) -> Value {
+        self.branch.wait_vm(VM, "to replicate", LONG, |vm| vm["state"] == "replicating").unwrap()
+    }
+
+    /// Backs the replica up.
+    pub fn backup(&self, more: &[&str]) -> Output {
+        self.head.run(&[&["backup", VM], more].concat()).unwrap()
+    }
+
+    /// Restores a backup to a new folder; the images in the disks' order.
+    pub fn restore(&self, backup: &str) -> Vec<PathBuf> {
+        let to = self.dir.path().join(format!("restored-{}", &backup[..8]));
+        self.head.ok(&["restore", VM, "--backup", backup, "--to", path(&to), "--overwrite"]).unwrap();
+        DISKS.iter().map(|(name, _)| to.join(format!("{name}.raw"))).collect()
+    }
+
+    /// The state that images show; panics if they show none.
+    pub fn state(&self, images: &[PathBuf]) -> u64 {
+        state_of_files(&self.script, self.begun(), images).unwrap_or_else(|violation| panic!("{violation}"))
+    }
+
+    /// How many backups are listed.
+    pub fn backups(&self) -> usize {
+        self.head.ok(&["backups", VM]).unwrap()["backups"].as_array().unwrap().len()
+    }
+}
+
+pub fn path(path: &std::path::Path) -> &str {
+    path.to_str().expect("paths of tests are text")
+}

@@ -1,0 +1,204 @@
+//! One attempt at a backup: through the gate, to a view or a hold, into the repository. And the repositories
+//! of a site.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use model::gate::{self, Access};
+use model::{LogNumber, PointInfo, VmId, VmName, Wanted, choose_point};
+use replica::Store;
+use repository::{BackupMeta, BackupReport, Repository};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::{now, rfc3339, seconds};
+use crate::config::Config;
+use crate::control::Reporter;
+use crate::events::{Event, Events};
+use crate::failure::{Code, Failure};
+use crate::jobs::{Attempts, Job, NoBackup};
+use crate::request::BackupRequest;
+use crate::source::Opened;
+
+/// Opens a repository of the site in `dir` by its name in the config. Blocks for some tenths of a second.
+pub fn open_repository(dir: &Path, config: &Config, name: &str) -> Result<Repository, Failure> {
+    let settings = config.repository(dir, name)?;
+    let password = std::fs::read_to_string(&settings.password_file)
+        .map_err(|error| Failure::io("read the password file", &settings.password_file, &error))?;
+    Ok(Repository::open(&settings.path, password.trim_end_matches(['\n', '\r']))?)
+}
+
+/// How long an attempt that asked for the barrier waits for the running apply.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(10 * 60);
+
+/// Makes backups of this site's replicas.
+#[derive(Clone)]
+pub(crate) struct Backups {
+    dir: PathBuf,
+    config: Arc<Config>,
+    store: Store,
+    events: Events,
+}
+
+impl From<Failure> for NoBackup {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<replica::Error> for NoBackup {
+    fn from(error: replica::Error) -> Self {
+        match error {
+            replica::Error::Gate(refusal) => Self::Refused(refusal),
+            error => Self::Failed(error.into()),
+        }
+    }
+}
+
+impl Attempts for Backups {
+    async fn attempt(
+        &self,
+        request: &BackupRequest,
+        barrier: bool,
+        reporter: Option<&Reporter>,
+        stop: &CancellationToken,
+    ) -> Result<Value, NoBackup> {
+        let cancel = Arc::new(AtomicBool::new(false));
+        let mut working = tokio::task::spawn_blocking({
+            let (backups, request, reporter, cancel) =
+                (self.clone(), request.clone(), reporter.cloned(), cancel.clone());
+            move || backups.make(&request, barrier, reporter.as_ref(), &cancel)
+        });
+        let outcome = tokio::select! {
+            outcome = &mut working => outcome,
+            () = stop.cancelled() => {
+                cancel.store(true, Ordering::SeqCst);
+                working.await
+            }
+        };
+        outcome.map_err(|error| NoBackup::Failed(Failure::new(Code::Internal, error.to_string())))?
+    }
+
+    async fn gave_up(&self, job: &Job, failure: &Failure) {
+        let event = Event::new("backup-failed", format!("backup job {}: {failure}", job.id));
+        self.events.note(event.vm(&job.request.vm)).await;
+    }
+}
+
+impl Backups {
+    pub fn new(dir: PathBuf, config: Arc<Config>, store: Store, events: Events) -> Self {
+        Self { dir, config, store, events }
+    }
+
+    fn make(
+        &self,
+        request: &BackupRequest,
+        barrier: bool,
+        reporter: Option<&Reporter>,
+        cancel: &AtomicBool,
+    ) -> Result<Value, NoBackup> {
+        let vm = self.find(&request.vm)?;
+        let barrier = barrier.then(|| self.store.barrier(vm, BARRIER_PATIENCE)).transpose()?;
+        let (point, mut opened) = self.open(request, vm)?;
+        // From here on the pin or the hold keeps applies away.
+        drop(barrier);
+        let repository = open_repository(&self.dir, &self.config, &request.repository)?;
+        let backups = repository.backups(Some(vm)).map_err(Failure::from)?;
+        let parent = opened.choose_parent(backups)?;
+        let definition = self.store.definition(vm)?;
+        let meta = BackupMeta { vm, vm_name: request.vm.clone(), point, definition };
+        let shown = |progress: repository::Progress| {
+            if let Some(reporter) = reporter {
+                let what = format!("backing up {}", request.vm);
+                reporter.progress(what, progress.done_bytes, progress.total_bytes);
+            }
+        };
+        match repository.backup(&opened, meta, parent.as_ref(), &shown, cancel) {
+            Ok(report) => Ok(answer(&report)),
+            // What was read may not be used: the gate knows why, and whether it is worth coming again.
+            Err(error) if error.kind() == repository::ErrorKind::Revoked => {
+                self.store.admit(vm, request.view, point.number)?;
+                Err(NoBackup::Failed(error.into()))
+            }
+            Err(error) => Err(NoBackup::Failed(error.into())),
+        }
+    }
+
+    fn find(&self, name: &VmName) -> Result<VmId, Failure> {
+        self.store.find(name).ok_or_else(|| {
+            let message = format!(
+                "there is no replica of a VM named {name} here; 'afterimage status' lists what there is"
+            );
+            Failure::new(Code::NoSuchVm, message)
+        })
+    }
+
+    /// Asks the gate, and opens what it admits.
+    fn open(&self, request: &BackupRequest, vm: VmId) -> Result<(PointInfo, Opened), NoBackup> {
+        let point = match self.choose(request, vm) {
+            Ok(point) => point,
+            Err(failure) => {
+                // While there is no point to choose, the gate has more to say of why.
+                let facts = self.store.facts(vm)?;
+                gate::admit(&facts.as_facts(), request.view, LogNumber::ZERO, now())
+                    .map_err(NoBackup::Refused)?;
+                return Err(failure.into());
+            }
+        };
+        let admitted = self.store.admit(vm, request.view, point.number)?;
+        let opened = match request.view {
+            Access::Hold => {
+                let (hold, admission) = self.store.open_hold(admitted, self.lease())?;
+                let view =
+                    hold.view(&self.store, admission).inspect_err(|_| drop(self.store.release(&hold.id)))?;
+                Opened::new(&self.store, view, Some(hold.id))
+            }
+            Access::Pinned | Access::Strict => {
+                Opened::new(&self.store, self.store.open_view(admitted)?, None)
+            }
+        };
+        Ok((point, opened))
+    }
+
+    fn choose(&self, request: &BackupRequest, vm: VmId) -> Result<PointInfo, Failure> {
+        let mut points = self.store.points(vm)?;
+        if request.view == Access::Hold {
+            // The flat files equal one point, and no other can be held.
+            let base = self.store.hold_point(vm)?.map(|base| base.number);
+            points.retain(|point| Some(point.number) == base);
+        }
+        let none = |error: &dyn std::fmt::Display| {
+            Failure::new(Code::NoSuchPoint, format!("{}: {error}", request.vm))
+        };
+        if let Some(id) = request.point {
+            let found = points.into_iter().find(|point| point.id == id);
+            return found
+                .ok_or_else(|| none(&format!("there is no recovery point {id} to read in this way")));
+        }
+        let max_age = Duration::from_secs(self.config.backup.application_max_age_min * 60);
+        let wanted = request.consistency.unwrap_or(Wanted::PreferApplication { max_age });
+        choose_point(&points, wanted, now()).map_err(|error| none(&error))
+    }
+
+    fn lease(&self) -> Duration {
+        Duration::from_secs(self.config.replica.hold_max_min * 60)
+    }
+}
+
+fn answer(report: &BackupReport) -> Value {
+    let backup = &report.backup;
+    json!({
+        "backup": backup.id,
+        "vm": backup.vm_name,
+        "point": backup.point.id,
+        "number": backup.point.number,
+        "taken_at": rfc3339(backup.point.taken_at),
+        "consistency": backup.point.consistency,
+        "parent": backup.parent,
+        "bytes_read": report.bytes_read,
+        "bytes_added": report.bytes_added,
+        "seconds": seconds(Duration::from_secs_f64(report.seconds.max(0.0))),
+    })
+}

@@ -1,0 +1,292 @@
+//! What each command does in a running site.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::gate::Access;
+use model::{LogId, LogNumber, VmId, VmName};
+use primary::{Primary, ProtectRequest, Settings};
+use replica::Store;
+use serde_json::{Value, json};
+use wire::Invite;
+
+use crate::backup::Backups;
+use crate::clock::{now, rfc3339};
+use crate::config::Config;
+use crate::control::{Commands, Reporter};
+use crate::events::{Event, Events};
+use crate::exports::Exports;
+use crate::failure::{Code, Failure};
+use crate::jobs::Jobs;
+use crate::peers::Peers;
+use crate::request::{FailoverAction, Protect, Request};
+use crate::status::VmView;
+
+/// The parts of a running site.
+pub(crate) struct Site {
+    pub config: Arc<Config>,
+    pub peers: Arc<Peers>,
+    pub events: Events,
+    pub primary: Primary,
+    pub store: Store,
+    pub jobs: Arc<Jobs<Backups>>,
+    pub exports: Arc<Exports>,
+}
+
+impl Commands for Site {
+    async fn run(self: Arc<Self>, request: Request, reporter: Reporter) -> Result<Value, Failure> {
+        match request {
+            Request::PeerInvite { name, vms } => self.invite(&name, &vms).await,
+            Request::PeerAccept { invite } => self.accept(&invite).await,
+            Request::PeerList => Ok(json!({ "peers": self.peers.list() })),
+            Request::PeerRemove { name } => self.remove_peer(&name).await,
+            Request::Protect(protect) => self.protect(*protect).await,
+            Request::Status { vm } => self.status(vm.as_ref()),
+            Request::Points { vm } => self.points(&vm),
+            Request::Pause { vm } => self.of_primary(self.primary.pause(&vm).await),
+            Request::Resume { vm } => self.resume(&vm).await,
+            Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
+            Request::Unprotect { vm } => self.unprotect(&vm).await,
+            Request::Backup(request) => self.jobs.run(request, reporter).await,
+            Request::Jobs => {
+                let jobs = self.jobs.list()?;
+                Ok(json!({ "jobs": jobs.iter().map(crate::jobs::Job::shown).collect::<Vec<_>>() }))
+            }
+            Request::Hold { vm, for_s } => self.hold(&vm, Duration::from_secs(for_s)).await,
+            Request::Release { hold } => self.release(hold).await,
+            Request::Failover { action: FailoverAction::Unplanned, vm, point } => {
+                self.failover(&vm, point).await
+            }
+            Request::Failover { action: FailoverAction::Cancel, vm, .. } => self.failover_cancel(&vm).await,
+            Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
+            Request::Export(export) => self.exports.add(export).await,
+            Request::Unexport { export } => self.exports.remove(&export).await,
+            Request::Events { count } => Ok(json!({ "events": self.events_shown(count)? })),
+        }
+    }
+}
+
+impl Site {
+    async fn invite(&self, name: &VmName, vms: &str) -> Result<Value, Failure> {
+        let invite = self.peers.invite(name, vms, self.config.advertised()?).await?;
+        Ok(json!({ "invite": invite.to_string(), "expires_at": rfc3339(invite.expires_at), "peer": name }))
+    }
+
+    async fn accept(&self, line: &str) -> Result<Value, Failure> {
+        let unusable = |error: &dyn std::fmt::Display| Failure::new(Code::Invite, error.to_string());
+        let invite: Invite = line.parse().map_err(|error| unusable(&error))?;
+        let own_address = self.config.advertised()?;
+        let accepted =
+            wire::Client::accept_invite(self.peers.identity(), &invite, &self.config.name, &own_address)
+                .await;
+        let site = accepted.map_err(|error| match error.kind() {
+            wire::ErrorKind::Invite | wire::ErrorKind::Forbidden => unusable(&error),
+            _ => Failure { transient: error.transient(), ..Failure::new(Code::Peer, error.to_string()) },
+        })?;
+        let peer = self.peers.add(site.name, invite.address.clone(), invite.fingerprint).await?;
+        Ok(json!({ "name": peer.name, "address": peer.address, "fingerprint": peer.fingerprint }))
+    }
+
+    async fn remove_peer(&self, name: &str) -> Result<Value, Failure> {
+        let using: Vec<String> = self
+            .primary
+            .status()
+            .into_iter()
+            .filter(|vm| vm.settings.peer == name)
+            .map(|vm| vm.name.to_string())
+            .collect();
+        self.peers.remove(name).await?;
+        Ok(json!({ "removed": name, "vms_without_peer": using }))
+    }
+
+    async fn protect(&self, protect: Protect) -> Result<Value, Failure> {
+        let name = protect.vm;
+        if let Some(vm) = self.store.find(&name) {
+            let message = format!("this site has a replica of a VM named {name} ({vm}); choose another name");
+            return Err(Failure::new(Code::Exists, message));
+        }
+        let settings = Settings {
+            qmp: protect.qmp,
+            nbd: protect.nbd,
+            nodes: protect.disks,
+            peer: protect.to,
+            interval: Duration::from_secs(protect.every_s),
+            points: protect.points,
+            app_every: protect.app_every_s.map(Duration::from_secs),
+            guest_agent: protect.guest_agent,
+            bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
+        };
+        self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
+    }
+
+    /// The relationship after a command of the primary's side.
+    fn of_primary(&self, outcome: Result<primary::VmStatus, primary::Error>) -> Result<Value, Failure> {
+        match outcome {
+            Ok(status) => Ok(json!(VmView::of_primary(&status, now()))),
+            Err(primary::Error::NoSuchVm(name)) if self.store.find(&name).is_some() => Err(Failure::new(
+                Code::NoSuchVm,
+                format!("{name} is a replica here; run this at the site where the VM runs"),
+            )),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn status(&self, only: Option<&VmName>) -> Result<Value, Failure> {
+        let now = now();
+        let mut vms: Vec<VmView> =
+            self.primary.status().iter().map(|status| VmView::of_primary(status, now)).collect();
+        for vm in self.store.list() {
+            // One that is being removed just now is no longer shown.
+            if let Ok(status) = self.store.status(vm) {
+                vms.push(VmView::of_replica(vm, &status, now));
+            }
+        }
+        if let Some(name) = only {
+            vms.retain(|vm| vm.name == name.as_str());
+            if vms.is_empty() {
+                return Err(no_such_vm(name));
+            }
+        }
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(json!({ "vms": vms }))
+    }
+
+    fn points(&self, vm: &VmName) -> Result<Value, Failure> {
+        let vm = self.replica(vm)?;
+        let points = self.store.points(vm)?;
+        let shown: Vec<Value> = points
+            .iter()
+            .map(|point| {
+                json!({
+                    "id": point.id, "number": point.number, "taken_at": rfc3339(point.taken_at),
+                    "consistency": point.consistency, "bytes": self.store.log_bytes(vm, point.number).ok().flatten(),
+                })
+            })
+            .collect();
+        Ok(json!({ "points": shown }))
+    }
+
+    async fn resume(&self, vm: &VmName) -> Result<Value, Failure> {
+        if let Some(id) = self.store.find(vm) {
+            self.store.run(move |store| store.resume(id)).await?;
+            return self.of_replica(id);
+        }
+        self.of_primary(self.primary.resume(vm).await)
+    }
+
+    async fn unprotect(&self, vm: &VmName) -> Result<Value, Failure> {
+        let Some(id) = self.store.find(vm) else {
+            return self.of_primary(self.primary.unprotect(vm).await);
+        };
+        let status = self.store.status(id)?;
+        if !status.withdrawn && self.peers.get(&status.peer).is_some() {
+            let message = format!(
+                "{vm} is still protected by {}; run 'afterimage unprotect {vm}' there first, or remove that peer",
+                status.peer
+            );
+            return Err(Failure::new(Code::Exists, message));
+        }
+        self.store.run(move |store| store.remove(id)).await?;
+        Ok(json!({ "removed": vm, "id": id }))
+    }
+
+    /// A replica after a command.
+    fn of_replica(&self, vm: VmId) -> Result<Value, Failure> {
+        Ok(json!(VmView::of_replica(vm, &self.store.status(vm)?, now())))
+    }
+
+    async fn hold(&self, vm: &VmName, lease: Duration) -> Result<Value, Failure> {
+        let vm = self.replica(vm)?;
+        let hold = self
+            .store
+            .run(move |store| {
+                let base = store.hold_point(vm)?.map_or(LogNumber::ZERO, |point| point.number);
+                store.open_hold(store.admit(vm, Access::Hold, base)?, lease).map(|(hold, _)| hold)
+            })
+            .await?;
+        let disks: Vec<Value> = hold
+            .disks
+            .iter()
+            .map(|disk| json!({ "name": disk.name, "path": disk.path, "bytes": disk.size_bytes }))
+            .collect();
+        Ok(json!({
+            "hold": hold.id, "point": hold.point.id, "number": hold.point.number,
+            "taken_at": rfc3339(hold.point.taken_at), "consistency": hold.point.consistency,
+            "disks": disks, "expires_at": rfc3339(hold.expires_at),
+        }))
+    }
+
+    async fn release(&self, hold: String) -> Result<Value, Failure> {
+        let id = hold.clone();
+        if self.store.run(move |store| store.release(&id)).await? {
+            return Ok(json!({ "hold": hold, "valid": true }));
+        }
+        let message = format!(
+            "hold {hold} had run out, or is not known: its files may have changed while they were read; throw away what was read"
+        );
+        Err(Failure::new(Code::Hold, message))
+    }
+
+    async fn failover(&self, vm: &VmName, point: Option<LogId>) -> Result<Value, Failure> {
+        let id = self.replica(vm)?;
+        let points = self.store.points(id)?;
+        let found = match point {
+            Some(wanted) => points.iter().find(|point| point.id == wanted),
+            None => points.last(),
+        };
+        let no_point = || {
+            Failure::new(
+                Code::NoSuchPoint,
+                format!("{vm} has no such recovery point; 'afterimage points {vm}' lists them"),
+            )
+        };
+        let point = *found.ok_or_else(no_point)?;
+        let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
+        let shown: Vec<Value> = disks
+            .iter()
+            .map(|disk| json!({ "name": disk.name, "path": disk.overlay, "format": "qcow2" }))
+            .collect();
+        Ok(json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown }))
+    }
+
+    async fn failover_cancel(&self, vm: &VmName) -> Result<Value, Failure> {
+        let id = self.replica(vm)?;
+        self.store.run(move |store| store.failover_cancel(id)).await?;
+        self.of_replica(id)
+    }
+
+    async fn migrate(&self, vm: &VmName, storage: PathBuf) -> Result<Value, Failure> {
+        let id = self.replica(vm)?;
+        self.store.run(move |store| store.migrate(id, &storage)).await?;
+        self.of_replica(id)
+    }
+
+    fn events_shown(&self, count: u32) -> Result<Vec<Value>, Failure> {
+        let events = self.events.newest(count)?;
+        let shown = |event: &Event| {
+            json!({
+                "at": rfc3339(event.at), "kind": event.kind, "vm": event.vm, "peer": event.peer,
+                "message": event.message,
+            })
+        };
+        Ok(events.iter().map(shown).collect())
+    }
+
+    /// The replica of this name.
+    fn replica(&self, name: &VmName) -> Result<VmId, Failure> {
+        match self.store.find(name) {
+            Some(vm) => Ok(vm),
+            None if self.primary.get(name).is_some() => Err(Failure::new(
+                Code::NoSuchVm,
+                format!("{name} runs here and its replica is elsewhere; run this at the replica's site"),
+            )),
+            None => Err(no_such_vm(name)),
+        }
+    }
+}
+
+fn no_such_vm(name: &VmName) -> Failure {
+    Failure::new(Code::NoSuchVm, format!("no VM named {name} is known here; 'afterimage status' lists them"))
+}

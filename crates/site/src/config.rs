@@ -1,0 +1,385 @@
+//! What a person can set for a site, in `DIR/config.toml`. `init` writes the file with every setting at
+//! its default, so that nothing has to be looked up.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use model::{CycleBackoff, HealthThresholds, RetryPolicy};
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Code, Failure};
+
+/// The name of the repository that `init` makes.
+pub const LOCAL_REPOSITORY: &str = "local";
+
+/// A site's settings.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Config {
+    /// What the site is called; peers show it.
+    pub name: String,
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The address that invites name, where it is not the one it listens on.
+    #[serde(default)]
+    pub advertise: Option<String>,
+    /// How cycles run.
+    #[serde(default)]
+    pub replication: Replication,
+    /// How replicas are kept.
+    #[serde(default)]
+    pub replica: Replica,
+    /// When health turns.
+    #[serde(default)]
+    pub health: HealthSettings,
+    /// How refused backups come home.
+    #[serde(default)]
+    pub backup: Backup,
+    /// Where backups live, by name.
+    #[serde(default)]
+    pub repositories: BTreeMap<String, RepositorySettings>,
+}
+
+/// How cycles run on the primary.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Replication {
+    /// The zstd level of logs, 1 to 19.
+    pub compression_level: i32,
+    /// Initial replication and resynchronization are cut into logs of about this much data, in MiB.
+    pub initial_log_mib: u64,
+    /// The most that one cycle may write to the scratch, in MiB.
+    pub scratch_limit_mib: u64,
+    /// Cycles at the same time, over all VMs.
+    pub cycles_at_once: usize,
+    /// The shortest interval that `--every` takes, in seconds.
+    pub interval_min_s: u64,
+    /// How long an upload waits for a broken link before its cycle is given up, in seconds.
+    pub patience_s: u64,
+    /// Delays after failed cycles, in seconds; the last one is used again and again.
+    pub backoff_s: Vec<u64>,
+}
+
+impl Default for Replication {
+    fn default() -> Self {
+        Self {
+            compression_level: 1,
+            initial_log_mib: 1024,
+            scratch_limit_mib: 8192,
+            cycles_at_once: 4,
+            interval_min_s: 5,
+            patience_s: 30,
+            backoff_s: vec![60, 120, 240, 480, 600, 1800],
+        }
+    }
+}
+
+/// How replicas are kept.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Replica {
+    /// New logs are refused when less than this is free, in MiB.
+    pub free_reserve_mib: u64,
+    /// VMs whose logs are applied at the same time.
+    pub apply_workers: usize,
+    /// How long other programs may read the flat files at the most, in minutes.
+    pub hold_max_min: u64,
+}
+
+impl Default for Replica {
+    fn default() -> Self {
+        Self { free_reserve_mib: 1024, apply_workers: 2, hold_max_min: 24 * 60 }
+    }
+}
+
+/// When health turns.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct HealthSettings {
+    /// Warning above this share of missed cycles, in percent.
+    pub missed_percent: u32,
+    /// Warning when the newest log is older than this, in seconds (and than three intervals).
+    pub warning_after_s: u64,
+    /// Critical when the newest log is older than this, in seconds (and than three intervals).
+    pub critical_after_s: u64,
+}
+
+impl Default for HealthSettings {
+    fn default() -> Self {
+        let thresholds = HealthThresholds::default();
+        Self {
+            missed_percent: thresholds.missed_percent,
+            warning_after_s: thresholds.warning_after.as_secs(),
+            critical_after_s: thresholds.critical_after.as_secs(),
+        }
+    }
+}
+
+/// How refused backups come home.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Backup {
+    /// Backups at the same time, over all VMs.
+    pub at_once: usize,
+    /// The bound of the first delay after a refusal, in seconds; each later one is `factor` times longer.
+    pub first_delay_s: u64,
+    /// See `first-delay-s`.
+    pub factor: u32,
+    /// No delay is longer, in seconds.
+    pub delay_max_s: u64,
+    /// No more attempts than this.
+    pub attempts_max: u32,
+    /// After this many collisions with an apply in a row the next attempt holds applies off.
+    pub barrier_after: u32,
+    /// How long a backup is tried at the most, in minutes.
+    pub window_min: u64,
+    /// `prefer-application` takes an application-consistent point no older than this, in minutes.
+    pub application_max_age_min: u64,
+}
+
+impl Default for Backup {
+    fn default() -> Self {
+        let policy = RetryPolicy::default();
+        Self {
+            at_once: 2,
+            first_delay_s: policy.first_delay.as_secs(),
+            factor: policy.factor,
+            delay_max_s: policy.delay_max.as_secs(),
+            attempts_max: policy.attempts_max,
+            barrier_after: policy.barrier_after,
+            window_min: 8 * 60,
+            application_max_age_min: 24 * 60,
+        }
+    }
+}
+
+/// One repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct RepositorySettings {
+    /// Where it is; a relative path starts at the site's folder.
+    pub path: PathBuf,
+    /// The file with its password, likewise.
+    pub password_file: PathBuf,
+}
+
+impl Config {
+    /// Reads and checks `DIR/config.toml`.
+    pub fn load(dir: &Path) -> Result<Self, Failure> {
+        let path = dir.join("config.toml");
+        let text = std::fs::read_to_string(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Failure::new(
+                Code::NoSite,
+                format!(
+                    "there is no site in {}; make one with 'afterimage --dir {} init --name NAME --listen ADDRESS'",
+                    dir.display(),
+                    dir.display()
+                ),
+            ),
+            _ => Failure::io("read", &path, &error),
+        })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|error| Failure::new(Code::Config, format!("{}: {error}", path.display())))?;
+        config.check().map_err(|why| Failure::new(Code::Config, format!("{}: {why}", path.display())))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.name
+            .parse::<model::VmName>()
+            .map_err(|error| error.to_string().replace("VM name", "site name"))?;
+        let replication = &self.replication;
+        let ranges = [
+            ("replication.compression-level", replication.compression_level as u64, 1..=19),
+            ("replication.initial-log-mib", replication.initial_log_mib, 1..=4096),
+            ("replication.scratch-limit-mib", replication.scratch_limit_mib, 16..=1 << 24),
+            ("replication.cycles-at-once", replication.cycles_at_once as u64, 1..=1000),
+            ("replication.interval-min-s", replication.interval_min_s, 1..=900),
+            ("replica.apply-workers", self.replica.apply_workers as u64, 1..=64),
+            ("replica.hold-max-min", self.replica.hold_max_min, 1..=7 * 24 * 60),
+            ("health.missed-percent", u64::from(self.health.missed_percent), 1..=100),
+            ("backup.at-once", self.backup.at_once as u64, 1..=64),
+            ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
+            ("backup.window-min", self.backup.window_min, 1..=7 * 24 * 60),
+        ];
+        for (setting, value, range) in ranges {
+            if !range.contains(&value) {
+                let (least, most) = (range.start(), range.end());
+                return Err(format!("{setting} = {value} is out of range; use {least} to {most}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The address that peers are told: what is set, or where the site listens; where that is every address
+    /// of this machine, the one that it would send from.
+    pub fn advertised(&self) -> Result<String, Failure> {
+        if let Some(address) = &self.advertise {
+            return Ok(address.clone());
+        }
+        if !self.listen.ip().is_unspecified() {
+            return Ok(self.listen.to_string());
+        }
+        let own = own_address(self.listen.is_ipv6()).map_err(|error| {
+            let message = format!(
+                "this site listens on {} and the machine has no address to tell a peer ({error}); set 'advertise' in config.toml",
+                self.listen
+            );
+            Failure::new(Code::Config, message)
+        })?;
+        Ok(SocketAddr::new(own, self.listen.port()).to_string())
+    }
+
+    /// The retry policy of backups.
+    #[must_use]
+    pub fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy {
+            first_delay: Duration::from_secs(self.backup.first_delay_s),
+            factor: self.backup.factor,
+            delay_max: Duration::from_secs(self.backup.delay_max_s),
+            attempts_max: self.backup.attempts_max,
+            barrier_after: self.backup.barrier_after,
+        }
+    }
+
+    /// The thresholds of health.
+    #[must_use]
+    pub fn thresholds(&self) -> HealthThresholds {
+        HealthThresholds {
+            missed_percent: self.health.missed_percent,
+            warning_after: Duration::from_secs(self.health.warning_after_s),
+            critical_after: Duration::from_secs(self.health.critical_after_s),
+        }
+    }
+
+    /// The delays after failed cycles.
+    #[must_use]
+    pub fn backoff(&self) -> CycleBackoff {
+        CycleBackoff::new(self.replication.backoff_s.iter().copied().map(Duration::from_secs).collect())
+    }
+
+    /// A repository by its name, with paths that start at `dir` made whole.
+    pub fn repository(&self, dir: &Path, name: &str) -> Result<RepositorySettings, Failure> {
+        let found = self.repositories.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.repositories.keys().map(String::as_str).collect();
+            Failure::new(
+                Code::NoSuchRepository,
+                format!("the config has no repository named {name:?}; it has: {}", known.join(", ")),
+            )
+        })?;
+        Ok(RepositorySettings { path: dir.join(&found.path), password_file: dir.join(&found.password_file) })
+    }
+}
+
+/// The address that this machine sends from. Connecting a datagram socket asks the routing table and sends
+/// nothing; the target is an address reserved for documentation.
+fn own_address(v6: bool) -> std::io::Result<IpAddr> {
+    let (from, to) = if v6 { ("[::]:0", "[2001:db8::1]:9") } else { ("0.0.0.0:0", "192.0.2.1:9") };
+    let socket = UdpSocket::bind(from)?;
+    socket.connect(to)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// The text of a new site's `config.toml`: every setting with its default and what it means.
+#[must_use]
+pub fn template(name: &str, listen: SocketAddr) -> String {
+    let (replication, replica) = (Replication::default(), Replica::default());
+    let (health, backup) = (HealthSettings::default(), Backup::default());
+    let backoff: Vec<String> = replication.backoff_s.iter().map(u64::to_string).collect();
+    let mut text = String::new();
+    let _ = write!(
+        text,
+        r#"# The settings of this site. A change takes effect when the site is started again.
+name = "{name}"
+listen = "{listen}"
+# What peers are told, where it is not the address above (a name, a port forwarded by a router):
+# advertise = "backup.example.org:7443"
+
+[replication]
+compression-level = {level}      # zstd level of logs, 1 to 19
+initial-log-mib = {initial}      # a lost link costs at most this much of an initial replication
+scratch-limit-mib = {scratch}    # a cycle is given up before it writes more to the scratch
+cycles-at-once = {cycles}        # over all VMs
+interval-min-s = {interval}      # the shortest interval that --every takes
+patience-s = {patience}          # how long an upload waits for a broken link
+backoff-s = [{backoff}]          # delays after failed cycles; the last one again and again
+
+[replica]
+free-reserve-mib = {reserve}     # new logs are refused when less is free
+apply-workers = {workers}        # VMs whose logs are applied at the same time
+hold-max-min = {hold}            # the longest hold of the flat files
+
+[health]
+missed-percent = {missed}        # Warning above this share of missed cycles
+warning-after-s = {warning}      # Warning when the newest log is older (and than three intervals)
+critical-after-s = {critical}    # Critical when the newest log is older (and than three intervals)
+
+[backup]
+at-once = {at_once}              # over all VMs
+first-delay-s = {first}          # after a refusal; each later delay is `factor` times longer, with jitter
+factor = {factor}
+delay-max-s = {delay_max}
+attempts-max = {attempts}
+barrier-after = {barrier}        # collisions with an apply in a row until applies are held off
+window-min = {window}            # how long a backup is tried at the most
+application-max-age-min = {age}  # for --consistency prefer-application
+
+[repositories.{LOCAL_REPOSITORY}]
+path = "repository"
+password-file = "repository.password"
+"#,
+        level = replication.compression_level,
+        initial = replication.initial_log_mib,
+        scratch = replication.scratch_limit_mib,
+        cycles = replication.cycles_at_once,
+        interval = replication.interval_min_s,
+        patience = replication.patience_s,
+        backoff = backoff.join(", "),
+        reserve = replica.free_reserve_mib,
+        workers = replica.apply_workers,
+        hold = replica.hold_max_min,
+        missed = health.missed_percent,
+        warning = health.warning_after_s,
+        critical = health.critical_after_s,
+        at_once = backup.at_once,
+        first = backup.first_delay_s,
+        factor = backup.factor,
+        delay_max = backup.delay_max_s,
+        attempts = backup.attempts_max,
+        barrier = backup.barrier_after,
+        window = backup.window_min,
+        age = backup.application_max_age_min,
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Config, String> {
+        let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.check().map(|()| config)
+    }
+
+    #[test]
+    fn the_template_says_the_defaults_and_can_be_read() {
+        let listen = "127.0.0.1:7443".parse().unwrap();
+        let config = parsed(&template("branch", listen)).unwrap();
+        let bare = parsed("name = \"branch\"\nlisten = \"127.0.0.1:7443\"").unwrap();
+        assert_eq!(config.repositories.len(), 1);
+        assert_eq!(Config { repositories: BTreeMap::new(), ..config }, bare);
+    }
+
+    #[test]
+    fn a_setting_that_does_not_exist_or_does_not_fit_is_named() {
+        let head = "name = \"branch\"\nlisten = \"127.0.0.1:7443\"\n";
+        let error = |text: &str| parsed(&format!("{head}{text}")).unwrap_err();
+        assert!(error("[replication]\ncompresion-level = 3").contains("compresion-level"));
+        assert!(error("[replication]\ncompression-level = 40").contains("use 1 to 19"));
+        assert!(parsed("name = \"../x\"\nlisten = \"127.0.0.1:1\"").unwrap_err().contains("site name"));
+    }
+}

@@ -1,0 +1,178 @@
+//! The site as its peers see it: who may do what to which VM, and on to the store.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use model::{LogId, LogNumber, VmId};
+use replica::Store;
+use wire::{
+    DigestRequest, Endpoint, Fingerprint, Newcomer, Offer, Peer, Refused, RefusedClass, RelationshipStatus,
+    Report, SiteInfo, UploadState, WireEvent, codes,
+};
+
+use crate::commands::Site;
+use crate::events::{Event, Events};
+use crate::peers::Peers;
+
+/// What peers talk to.
+pub(crate) struct SiteEndpoint {
+    name: String,
+    peers: Arc<Peers>,
+    events: Events,
+    store: Store,
+}
+
+impl SiteEndpoint {
+    pub fn new(site: &Site) -> Self {
+        Self {
+            name: site.config.name.clone(),
+            peers: site.peers.clone(),
+            events: site.events.clone(),
+            store: site.store.clone(),
+        }
+    }
+
+    /// Calls the store, which reads and writes files, on a thread that may wait.
+    async fn store<T: Send + 'static>(
+        &self,
+        peer: &Peer,
+        call: impl FnOnce(&Store, &str) -> replica::Result<T> + Send + 'static,
+    ) -> Result<T, Refused> {
+        let peer = peer.name.clone();
+        self.store.run(move |store| call(store, &peer)).await.map_err(|error| refused(error.into_refused()))
+    }
+}
+
+/// The store's refusals as they travel.
+fn refused(refused: replica::Refused) -> Refused {
+    let class = match refused.code {
+        "no-space" => RefusedClass::NoSpace,
+        "forbidden" => RefusedClass::Forbidden,
+        "no-such-vm" => RefusedClass::NotFound,
+        _ if refused.transient => RefusedClass::Busy,
+        _ => RefusedClass::Conflict,
+    };
+    Refused {
+        transient: refused.transient,
+        retry_after_s: refused.retry_after.map(|after| after.as_secs()),
+        ..Refused::new(class, refused.code, refused.message)
+    }
+}
+
+fn offered(offer: Offer) -> replica::Offer {
+    replica::Offer {
+        vm: offer.vm,
+        name: offer.vm_name,
+        disks: offer
+            .disks
+            .into_iter()
+            .map(|disk| replica::DiskSize { name: disk.name, size_bytes: disk.size_bytes })
+            .collect(),
+        interval: Duration::from_secs(offer.interval_s),
+        points: offer.points,
+        primary_name: offer.primary_name,
+        definition: offer.definition,
+        phase: offer.phase,
+        paused: offer.paused,
+    }
+}
+
+impl Endpoint for SiteEndpoint {
+    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
+        let row = self.peers.by_fingerprint(&fingerprint)?;
+        Some(Peer { name: row.name, fingerprint })
+    }
+
+    async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
+        let Newcomer { secret, address, fingerprint, .. } = newcomer;
+        let admitted = self.peers.admit(secret.hash(), fingerprint, address).await;
+        admitted.map_err(|failure| Refused::forbidden(codes::BAD_INVITE, failure.message))?;
+        Ok(SiteInfo { name: self.name.clone(), version: env!("CARGO_PKG_VERSION").to_owned() })
+    }
+
+    async fn offer(&self, peer: &Peer, offer: Offer) -> Result<RelationshipStatus, Refused> {
+        let allowed = self.peers.get(&peer.name).is_some_and(|row| row.may_send(&offer.vm_name));
+        if !allowed {
+            let message = format!(
+                "site {} does not let {} replicate a VM named {}; its people can invite it again with '--vms'",
+                self.name, peer.name, offer.vm_name
+            );
+            return Err(Refused::forbidden("not-authorized", message));
+        }
+        let standing = self.store(peer, |store, peer| store.offer(peer, offered(offer))).await?;
+        Ok(RelationshipStatus {
+            durable: standing.head.number,
+            durable_id: standing.head.id,
+            phase: standing.phase,
+            refused: standing.refused.map(refused),
+        })
+    }
+
+    async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
+        let Report { phase, error, paused } = report;
+        self.store(peer, move |store, peer| store.report(peer, vm, phase, error, paused)).await
+    }
+
+    async fn withdraw(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
+        self.store(peer, move |store, peer| store.withdraw(peer, vm)).await
+    }
+
+    async fn upload_state(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        number: LogNumber,
+        id: LogId,
+    ) -> Result<UploadState, Refused> {
+        let state = self.store(peer, move |store, peer| store.upload_state(peer, vm, number, id)).await?;
+        Ok(UploadState { offset: state.offset, durable: state.durable })
+    }
+
+    async fn append(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        number: LogNumber,
+        id: LogId,
+        offset: u64,
+        bytes: Bytes,
+        last: bool,
+    ) -> Result<UploadState, Refused> {
+        let end = offset + bytes.len() as u64;
+        let append =
+            move |store: &Store, peer: &str| store.append(peer, vm, number, id, offset, &bytes, last);
+        let state = self.store(peer, append).await?;
+        if !state.durable && state.offset != end {
+            return Err(Refused::wrong_offset(state.offset, offset));
+        }
+        Ok(UploadState { offset: state.offset, durable: state.durable })
+    }
+
+    async fn digests(&self, peer: &Peer, vm: VmId, request: DigestRequest) -> Result<Vec<u8>, Refused> {
+        let DigestRequest { disk, offset, len, block_bytes } = request;
+        let digests =
+            move |store: &Store, peer: &str| store.digests(peer, vm, &disk, offset, len, block_bytes);
+        Ok(self.store(peer, digests).await?.concat())
+    }
+
+    async fn note(&self, event: WireEvent) {
+        let who = match (&event.peer, event.remote) {
+            (Some(peer), Some(remote)) => format!("{peer} ({remote})"),
+            (Some(peer), None) => peer.clone(),
+            (None, Some(remote)) => remote.to_string(),
+            (None, None) => "-".into(),
+        };
+        let message = format!("{} was answered with {}: {}", event.operation, event.status, event.message);
+        let noted = Event::new(&event.code, message).peer(who);
+        let noted = match event.vm {
+            Some(vm) => {
+                let name = self.store.status(vm).map(|status| status.name.to_string());
+                noted.vm(name.unwrap_or_else(|_| vm.to_string()))
+            }
+            None => noted,
+        };
+        // Whoever asked is answered all the same when the catalog's disk is slow.
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.events.note(noted)).await;
+    }
+}

@@ -1,0 +1,224 @@
+//! Recovery points and backups over NBD, on a unix socket: to look at, to copy from, to boot from.
+//!
+//! An export lives as long as the site runs or until `unexport`. A point that is exported is pinned: applies
+//! stop below it. What is written to a writable export lies in a sparse file and is gone with it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use model::LogId;
+use model::gate::Access;
+use nbd::{CowDisk, Disk, Server, StatusExtent};
+use replica::{ConsistentView, Store};
+use repository::BackupReader;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::backup::open_repository;
+use crate::config::Config;
+use crate::failure::{Code, Failure};
+use crate::request::{Export, Exported};
+
+/// The exports of a site.
+pub(crate) struct Exports {
+    dir: PathBuf,
+    config: Arc<Config>,
+    store: Store,
+    server: Server,
+    socket: PathBuf,
+    open: Mutex<BTreeMap<String, Vec<String>>>,
+}
+
+impl Exports {
+    /// Makes the socket in `run_dir`, and removes what exports of a run before this one had written.
+    pub fn open(dir: PathBuf, run_dir: &Path, config: Arc<Config>, store: Store) -> Result<Self, Failure> {
+        let layers = run_dir.join("layers");
+        if let Err(error) = fs::remove_dir_all(&layers)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(Failure::io("empty", &layers, &error));
+        }
+        let socket = run_dir.join("nbd.sock");
+        let server = Server::bind(&socket).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
+        Ok(Self { dir, config, store, server, socket, open: Mutex::default() })
+    }
+
+    /// Serves until `stop`.
+    pub fn serve(&self, stop: CancellationToken) -> impl Future<Output = ()> + Send + 'static {
+        let server = self.server.clone();
+        async move {
+            if let Err(error) = server.serve(stop.cancelled_owned()).await {
+                tracing::error!(%error, "the NBD server failed");
+            }
+        }
+    }
+
+    /// Shows the disks of a point or of a backup.
+    pub async fn add(self: &Arc<Self>, export: Export) -> Result<Value, Failure> {
+        let exports = self.clone();
+        let added = tokio::task::spawn_blocking(move || exports.add_blocking(&export)).await;
+        added.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
+    }
+
+    /// Ends an export.
+    pub async fn remove(&self, id: &str) -> Result<Value, Failure> {
+        let names = self.lock().remove(id).ok_or_else(|| {
+            Failure::new(
+                Code::NoSuchExport,
+                format!("there is no export {id}; it was ended, or the site was restarted"),
+            )
+        })?;
+        for name in &names {
+            self.server.remove(name).await;
+        }
+        let layers = self.layers(id);
+        match fs::remove_dir_all(&layers) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Failure::io("remove", &layers, &error))
+            }
+            _ => Ok(json!({ "unexported": id })),
+        }
+    }
+
+    fn add_blocking(&self, export: &Export) -> Result<Value, Failure> {
+        let id = LogId::from_bytes(random_id()?).to_string()[..12].to_owned();
+        let disks = match &export.what {
+            Exported::Point { vm, point } => {
+                let unknown =
+                    || Failure::new(Code::NoSuchVm, format!("there is no replica of a VM named {vm} here"));
+                let vm = self.store.find(vm).ok_or_else(unknown)?;
+                let points = self.store.points(vm)?;
+                let found = match point {
+                    Some(id) => points.iter().find(|point| point.id == *id),
+                    None => points.last(),
+                };
+                let no_point = "there is no such recovery point; 'afterimage points' lists those there are";
+                let point = found.ok_or_else(|| Failure::new(Code::NoSuchPoint, no_point))?;
+                disks_of_view(self.store.open_view(self.store.admit(vm, Access::Pinned, point.number)?)?)
+            }
+            Exported::Backup { backup, repository } => {
+                let repository = Arc::new(open_repository(&self.dir, &self.config, repository)?);
+                let backup = repository.find(backup)?;
+                disks_of_backup(repository.reader(&backup)?)
+            }
+        };
+        let mut names = Vec::new();
+        let mut shown = Vec::new();
+        for (disk_name, disk) in disks {
+            let disk = if export.writable { self.writable(&id, &disk_name, disk)? } else { disk };
+            let name = format!("{id}-{disk_name}");
+            self.server.add(&name, disk).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+            let uri = format!("nbd+unix:///{name}?socket={}", self.socket.display());
+            shown.push(json!({ "name": disk_name, "uri": uri }));
+            names.push(name);
+        }
+        self.lock().insert(id.clone(), names);
+        Ok(json!({ "export": id, "writable": export.writable, "disks": shown }))
+    }
+
+    /// A layer over a disk that takes what is written.
+    fn writable(&self, id: &str, name: &str, disk: Arc<dyn Disk>) -> Result<Arc<dyn Disk>, Failure> {
+        let layers = self.layers(id);
+        let path = layers.join(name);
+        let made = fs::create_dir_all(&layers).and_then(|()| {
+            let file: File = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+            CowDisk::new(disk, file)
+        });
+        Ok(Arc::new(made.map_err(|error| Failure::io("make", &path, &error))?))
+    }
+
+    fn layers(&self, id: &str) -> PathBuf {
+        self.socket.with_file_name("layers").join(id)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<String>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn random_id() -> Result<[u8; 16], Failure> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+    Ok(bytes)
+}
+
+/// A disk of a pinned point.
+struct PointDisk {
+    view: Arc<ConsistentView>,
+    disk: replica::DiskSize,
+}
+
+fn disks_of_view(view: ConsistentView) -> Vec<(String, Arc<dyn Disk>)> {
+    let view = Arc::new(view);
+    let shown = |disk: replica::DiskSize| {
+        let name = disk.name.to_string();
+        (name, Arc::new(PointDisk { view: view.clone(), disk }) as Arc<dyn Disk>)
+    };
+    view.disks().into_iter().map(shown).collect()
+}
+
+impl Disk for PointDisk {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.view.read_at(&self.disk.name, offset, buffer).map_err(io::Error::other)
+    }
+
+    fn extents(&self, range: Range<u64>) -> io::Result<Vec<StatusExtent>> {
+        let data = self.view.data_extents(&self.disk.name, range.clone()).map_err(io::Error::other)?;
+        Ok(status(range, data))
+    }
+}
+
+/// A disk of a backup.
+struct BackupDisk {
+    reader: Arc<BackupReader>,
+    disk: usize,
+    size_bytes: u64,
+}
+
+fn disks_of_backup(reader: BackupReader) -> Vec<(String, Arc<dyn Disk>)> {
+    let reader = Arc::new(reader);
+    let disk = |(place, disk): (usize, &repository::BackupDisk)| {
+        let shown = BackupDisk { reader: reader.clone(), disk: place, size_bytes: disk.size_bytes };
+        (disk.name.to_string(), Arc::new(shown) as Arc<dyn Disk>)
+    };
+    reader.backup().disks.iter().enumerate().map(disk).collect()
+}
+
+impl Disk for BackupDisk {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.reader.read_at(self.disk, offset, buffer).map_err(io::Error::other)
+    }
+
+    fn extents(&self, range: Range<u64>) -> io::Result<Vec<StatusExtent>> {
+        Ok(status(range.clone(), self.reader.data_extents(self.disk, range)))
+    }
+}
+
+/// What is data and what is zero, without gaps.
+fn status(range: Range<u64>, data: Vec<Range<u64>>) -> Vec<StatusExtent> {
+    let mut extents = Vec::new();
+    let mut at = range.start;
+    for extent in data {
+        if extent.start > at {
+            extents.push(StatusExtent::zeros(extent.start - at));
+        }
+        extents.push(StatusExtent::data(extent.end - extent.start));
+        at = extent.end;
+    }
+    if at < range.end {
+        extents.push(StatusExtent::zeros(range.end - at));
+    }
+    extents
+}

@@ -1,0 +1,220 @@
+//! What a running site can be asked, over its control socket: one type for both ends.
+
+use std::path::PathBuf;
+
+use model::gate::Access;
+use model::{LogId, VmName, Wanted};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::failure::Failure;
+
+/// A command to a running site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "command")]
+pub enum Request {
+    /// Makes an invite for a site that this one will call `name`.
+    PeerInvite {
+        /// What the peer will be called here.
+        name: VmName,
+        /// Which VMs it may replicate to this site: a pattern with `*`.
+        vms: String,
+    },
+    /// Accepts an invite of another site.
+    PeerAccept {
+        /// The line.
+        invite: String,
+    },
+    /// Lists the peers.
+    PeerList,
+    /// Ends the trust in a peer.
+    PeerRemove {
+        /// Its name.
+        name: String,
+    },
+    /// Starts to protect a VM.
+    Protect(Box<Protect>),
+    /// The relationships of this site, or one of them.
+    Status {
+        /// The VM.
+        vm: Option<VmName>,
+    },
+    /// The recovery points of a replica.
+    Points {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Stops cycles.
+    Pause {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Lets cycles run again; on the replica's site, lets a failed apply run again.
+    Resume {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Compares both sides.
+    Resync {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Runs a cycle now and waits for it.
+    Sync {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Ends a protection; on the replica's site, removes the replica of a VM that is not protected any more.
+    Unprotect {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Backs up a replica and waits for the outcome.
+    Backup(BackupRequest),
+    /// The backup jobs that are not at their end, and the newest that are.
+    Jobs,
+    /// Gives the flat files of a replica.
+    Hold {
+        /// The VM.
+        vm: VmName,
+        /// For how long, in seconds.
+        for_s: u64,
+    },
+    /// Ends a hold.
+    Release {
+        /// The hold.
+        hold: String,
+    },
+    /// Shows disks over NBD.
+    Export(Export),
+    /// Ends an export.
+    Unexport {
+        /// The export.
+        export: String,
+    },
+    /// Failover of a replica.
+    Failover {
+        /// What is to be done.
+        action: FailoverAction,
+        /// The VM.
+        vm: VmName,
+        /// The point; the newest if none is given.
+        point: Option<LogId>,
+    },
+    /// Moves a replica's storage to another folder.
+    Migrate {
+        /// The VM.
+        vm: VmName,
+        /// The new folder.
+        storage: PathBuf,
+    },
+    /// The newest events.
+    Events {
+        /// How many.
+        count: u32,
+    },
+}
+
+/// What to do in a failover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailoverAction {
+    /// Starts from the replica without the primary.
+    Unplanned,
+    /// Goes back to replicating; what was written since is dropped.
+    Cancel,
+}
+
+/// How a VM is to be protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protect {
+    /// The VM.
+    pub vm: VmName,
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+    /// The socket of an NBD server that QEMU has already.
+    pub nbd: Option<PathBuf>,
+    /// The peer.
+    pub to: String,
+    /// The interval in seconds.
+    pub every_s: u64,
+    /// The block nodes; all writable ones if empty.
+    pub disks: Vec<String>,
+    /// Hourly points beside the latest.
+    pub points: u8,
+    /// Seconds between application-consistent points.
+    pub app_every_s: Option<u64>,
+    /// The guest agent's socket.
+    pub guest_agent: Option<PathBuf>,
+    /// The bandwidth limit in bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
+}
+
+/// A wish for a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRequest {
+    /// The VM.
+    pub vm: VmName,
+    /// A certain point.
+    pub point: Option<LogId>,
+    /// The consistency wanted; the site's `prefer-application` if none is given.
+    pub consistency: Option<Wanted>,
+    /// What is read.
+    pub view: Access,
+    /// The repository's name.
+    pub repository: String,
+    /// Give up at the first refusal.
+    pub no_retry: bool,
+}
+
+/// What to show over NBD.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// What is shown.
+    pub what: Exported,
+    /// It can be written to; what is written is gone with the export.
+    pub writable: bool,
+}
+
+/// What an export shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exported {
+    /// A recovery point of a replica.
+    Point {
+        /// The VM.
+        vm: VmName,
+        /// The point; the newest if none is named.
+        point: Option<LogId>,
+    },
+    /// A backup.
+    Backup {
+        /// Its id.
+        backup: String,
+        /// The repository's name.
+        repository: String,
+    },
+}
+
+/// One line of the answer to a [`Request`]; the last one is a result or an error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Line {
+    /// How far it is.
+    Progress(Progress),
+    /// It is done.
+    Result(Value),
+    /// It is refused, or failed.
+    Error(Failure),
+}
+
+/// How far a command is, for a person who waits.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is going on.
+    pub message: String,
+    /// Bytes done.
+    pub done_bytes: u64,
+    /// Bytes in all; 0 if that is not known.
+    pub total_bytes: u64,
+}

@@ -1,0 +1,135 @@
+//! A site from its start to SIGTERM.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use catalog::Catalog;
+use primary::Primary;
+use replica::Store;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use wire::Identity;
+
+use crate::backup::Backups;
+use crate::commands::Site;
+use crate::config::Config;
+use crate::control;
+use crate::endpoint::SiteEndpoint;
+use crate::events::Events;
+use crate::exports::Exports;
+use crate::failure::{Code, Failure};
+use crate::jobs::Jobs;
+use crate::peers::Peers;
+
+/// Runs the site in `dir` until SIGTERM or SIGINT. `ready` is told the address once it takes requests.
+pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Result<(), Failure> {
+    // QEMU and others are told paths of this site, whatever their own folder is.
+    let dir = &std::path::absolute(dir).map_err(|error| Failure::io("find", dir, &error))?;
+    // The first thing, because it keeps a second site out of the folder.
+    let commands = control::listen(&control::socket(dir)).await?;
+    let listener = TcpListener::bind(config.listen).await.map_err(|error| {
+        Failure::new(
+            Code::Io,
+            format!("cannot listen on {}: {error}; see 'listen' in config.toml", config.listen),
+        )
+    })?;
+    let address =
+        listener.local_addr().map_or_else(|_| config.listen.to_string(), |address| address.to_string());
+    let identity = Identity::load(dir).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
+    let stop = CancellationToken::new();
+    let site = open(dir, config, &identity, &stop).await?;
+    site.primary.start()?;
+    site.jobs.start()?;
+
+    let endpoint = Arc::new(SiteEndpoint::new(&site));
+    let served = tokio::spawn({
+        let (stop, router) = (stop.clone(), wire::router(endpoint));
+        async move { wire::serve(listener, &identity, router, stop.cancelled_owned()).await }
+    });
+    let controlled = tokio::spawn(control::serve(commands, site.clone(), stop.clone()));
+    let exported = tokio::spawn(site.exports.serve(stop.clone()));
+    ready(&address);
+    tracing::info!(%address, "the site is running");
+    wait_for_signal().await?;
+    tracing::info!("the site is stopping");
+    stop.cancel();
+    site.primary.shutdown().await;
+    // Callers that wait have been told by now; a connection that does not end must not keep us.
+    let _ =
+        tokio::time::timeout(Duration::from_secs(10), async { tokio::join!(served, controlled, exported) })
+            .await;
+    let store = site.store.clone();
+    let closed = tokio::task::spawn_blocking(move || store.shutdown()).await;
+    closed.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+    let _ = std::fs::remove_file(control::socket(dir));
+    Ok(())
+}
+
+async fn open(
+    dir: &Path,
+    config: Config,
+    identity: &Identity,
+    stop: &CancellationToken,
+) -> Result<Arc<Site>, Failure> {
+    let catalog = Catalog::open(dir.join("catalog.sqlite"))?;
+    let events = Events::open(catalog.clone())?;
+    let peers = Arc::new(Peers::open(catalog.clone(), identity.clone())?);
+    let primary = Primary::open(catalog.clone(), primary_config(dir, &config)?, peers.clone())?;
+    let store = {
+        let (catalog, settings) = (catalog.clone(), store_config(dir, &config));
+        let opened = tokio::task::spawn_blocking(move || Store::open(catalog, settings)).await;
+        opened.map_err(|error| Failure::new(Code::Internal, error.to_string()))?.map_err(Failure::from)?
+    };
+    let config = Arc::new(config);
+    let backups = Arc::new(Backups::new(dir.to_owned(), config.clone(), store.clone(), events.clone()));
+    let window = Duration::from_secs(config.backup.window_min * 60);
+    let (policy, at_once) = (config.retry_policy(), config.backup.at_once);
+    let jobs = Jobs::open(catalog, policy, window, at_once, stop.clone(), backups)?;
+    let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
+    Ok(Arc::new(Site { config, peers, events, primary, store, jobs, exports: Arc::new(exports) }))
+}
+
+/// A folder of the site, made if it is not there.
+fn folder(dir: &Path, name: &str) -> Result<PathBuf, Failure> {
+    let path = dir.join(name);
+    std::fs::create_dir_all(&path).map_err(|error| Failure::io("make the folder", &path, &error))?;
+    Ok(path)
+}
+
+fn primary_config(dir: &Path, config: &Config) -> Result<primary::Config, Failure> {
+    Ok(primary::Config {
+        site_name: config.name.clone(),
+        run_dir: folder(dir, "run")?,
+        scratch_dir: folder(dir, "scratch")?,
+        scratch_limit_bytes: config.replication.scratch_limit_mib << 20,
+        compression_level: config.replication.compression_level,
+        initial_log_bytes: config.replication.initial_log_mib << 20,
+        interval_min_s: config.replication.interval_min_s,
+        backoff: config.backoff(),
+        patience: Duration::from_secs(config.replication.patience_s),
+        thresholds: config.thresholds(),
+        cycles_at_once: config.replication.cycles_at_once,
+    })
+}
+
+fn store_config(dir: &Path, config: &Config) -> replica::Config {
+    let mut settings = replica::Config::new(dir);
+    settings.free_reserve_bytes = config.replica.free_reserve_mib << 20;
+    settings.workers = config.replica.apply_workers;
+    settings.health = config.thresholds();
+    settings.hold_max = Duration::from_secs(config.replica.hold_max_min * 60);
+    settings
+}
+
+async fn wait_for_signal() -> Result<(), Failure> {
+    let failed = |error: std::io::Error| Failure::new(Code::Internal, format!("no signals: {error}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,249 @@
+//! Relationships as `status` shows them, from either side.
+
+use model::{ApplyState, Assessment, Consistency, Phase, Progress, Timestamp, VmId};
+use serde::Serialize;
+
+use crate::clock::{seconds, serialize_moment, serialize_optional_moment};
+
+/// One relationship, for scripts and for tables. Names are stable.
+#[derive(Debug, Clone, Serialize)]
+pub struct VmView {
+    /// The VM's name.
+    pub name: String,
+    /// Its id, the same on both sides.
+    pub id: VmId,
+    /// `primary` or `replica`.
+    pub role: &'static str,
+    /// The other side.
+    pub peer: String,
+    /// Where the relationship stands.
+    pub state: &'static str,
+    /// How far a pass is.
+    pub progress: Option<Progress>,
+    /// Paused by a person.
+    pub paused: bool,
+    /// `normal`, `warning` or `critical`.
+    pub health: model::Health,
+    /// Why it is not normal.
+    pub health_reason: String,
+    /// How old the newest recovery point is, in seconds.
+    pub lag_s: Option<f64>,
+    /// Bytes changed and not shipped yet, as far as known (primary).
+    pub pending_bytes: Option<u64>,
+    /// The moment of the newest recovery point.
+    #[serde(serialize_with = "serialize_optional_moment")]
+    pub last_point: Option<Timestamp>,
+    /// The interval between cycles, in seconds.
+    pub interval_s: u64,
+    /// Hourly points beside the latest.
+    pub points: u8,
+    /// The disks.
+    pub disks: Vec<DiskView>,
+    /// The side's own part.
+    #[serde(flatten)]
+    pub side: Side,
+}
+
+/// A disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct DiskView {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// What only one side knows.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum Side {
+    /// The primary's.
+    Primary(PrimarySide),
+    /// The replica's.
+    Replica(ReplicaSide),
+}
+
+/// The primary's part.
+#[derive(Debug, Clone, Serialize)]
+pub struct PrimarySide {
+    /// The newest log known to be durable at the replica.
+    pub acked: u64,
+    /// Cycles failed in a row.
+    pub failures: u32,
+    /// Why the last one failed.
+    pub error: Option<primary::Failure>,
+    /// When the next one is due.
+    #[serde(serialize_with = "serialize_moment")]
+    pub next_cycle_at: Timestamp,
+    /// The last one that ended well.
+    pub last_cycle: Option<CycleView>,
+    /// Bytes of logs sent since the site was started.
+    pub sent_bytes: u64,
+}
+
+/// The replica's part.
+#[derive(Debug, Clone, Serialize)]
+pub struct ReplicaSide {
+    /// The newest durable log.
+    pub received: u64,
+    /// The newest log that is folded into the base.
+    pub applied: u64,
+    /// `idle`, `running`, `interrupted` or `failed`.
+    pub apply: &'static str,
+    /// Since when the storage is being moved.
+    #[serde(serialize_with = "serialize_optional_moment")]
+    pub migrating_since: Option<Timestamp>,
+    /// Why the primary's last cycle failed, as it told.
+    pub primary_error: Option<String>,
+    /// Where the replica is.
+    pub storage: String,
+    /// Bytes of the logs that are not folded into the base.
+    pub log_bytes: u64,
+    /// What the base takes up on its disk.
+    pub base_bytes: u64,
+    /// How many views are open.
+    pub views: usize,
+    /// The primary no longer protects the VM.
+    pub withdrawn: bool,
+    /// What was lost here, until a resynchronization has made it good.
+    pub damage: Option<String>,
+}
+
+/// One cycle.
+#[derive(Debug, Clone, Serialize)]
+pub struct CycleView {
+    /// Its moment.
+    #[serde(serialize_with = "serialize_moment")]
+    pub moment: Timestamp,
+    /// The consistency of the point that it made.
+    pub point: Option<Consistency>,
+    /// Why it is less than was wanted.
+    pub note: Option<String>,
+    /// Logs shipped.
+    pub logs: u32,
+    /// Their bytes.
+    pub log_bytes: u64,
+    /// Bytes of disk in them.
+    pub data_bytes: u64,
+    /// Bytes of zeros in them.
+    pub zero_bytes: u64,
+    /// How long the moment stayed fixed, in seconds.
+    pub reading_s: f64,
+    /// From the moment to the durable acknowledgement, in seconds.
+    pub total_s: f64,
+}
+
+/// The progress of a pass, if one is under way.
+pub(crate) fn progress(phase: &Phase) -> Option<Progress> {
+    match phase {
+        Phase::InitialReplication { progress } | Phase::Resynchronizing { progress } => Some(*progress),
+        _ => None,
+    }
+}
+
+/// The name of an apply state.
+pub(crate) fn apply_name(apply: &ApplyState) -> &'static str {
+    match apply {
+        ApplyState::Idle => "idle",
+        ApplyState::Running { .. } => "running",
+        ApplyState::Interrupted { .. } => "interrupted",
+        ApplyState::Failed { .. } => "failed",
+    }
+}
+
+impl VmView {
+    /// A VM protected here.
+    #[must_use]
+    pub fn of_primary(status: &primary::VmStatus, now: Timestamp) -> Self {
+        let Assessment { health, reason } = status.health.clone();
+        let settings = &status.settings;
+        Self {
+            name: status.name.to_string(),
+            id: status.vm,
+            role: "primary",
+            peer: settings.peer.clone(),
+            state: status.phase.name(),
+            progress: progress(&status.phase),
+            paused: status.paused,
+            health,
+            health_reason: reason,
+            lag_s: status.last_point_at.map(|at| seconds(now.since(at))),
+            pending_bytes: status.pending_bytes,
+            last_point: status.last_point_at,
+            interval_s: settings.interval.as_secs(),
+            points: settings.points,
+            disks: status
+                .disks
+                .iter()
+                .map(|disk| DiskView { name: disk.name.to_string(), size_bytes: disk.size_bytes })
+                .collect(),
+            side: Side::Primary(PrimarySide {
+                acked: status.acked.0,
+                failures: status.failures,
+                error: status.error.clone(),
+                next_cycle_at: status.next_at,
+                last_cycle: status.last_cycle.as_ref().map(CycleView::of),
+                sent_bytes: status.sent_bytes,
+            }),
+        }
+    }
+}
+
+impl VmView {
+    /// A replica kept here.
+    #[must_use]
+    pub fn of_replica(vm: VmId, status: &replica::ReplicaStatus, now: Timestamp) -> Self {
+        let last_point = status.points.iter().max_by_key(|point| point.number).map(|point| point.taken_at);
+        let Assessment { health, reason } = status.facts.health.clone();
+        Self {
+            name: status.name.to_string(),
+            id: vm,
+            role: "replica",
+            peer: status.peer.clone(),
+            state: status.facts.phase.name(),
+            progress: progress(&status.facts.phase),
+            paused: status.reported.paused,
+            health,
+            health_reason: reason,
+            lag_s: last_point.map(|at| seconds(now.since(at))),
+            pending_bytes: None,
+            last_point,
+            interval_s: status.interval_s,
+            points: status.points_wanted,
+            disks: status
+                .disks
+                .iter()
+                .map(|disk| DiskView { name: disk.name.to_string(), size_bytes: disk.size_bytes })
+                .collect(),
+            side: Side::Replica(ReplicaSide {
+                received: status.head.number.0,
+                applied: status.applied.0,
+                apply: apply_name(&status.facts.apply),
+                migrating_since: status.facts.migrating_since,
+                primary_error: status.reported.error.clone(),
+                storage: status.folder.display().to_string(),
+                log_bytes: status.log_bytes,
+                base_bytes: status.base_bytes,
+                views: status.views,
+                withdrawn: status.withdrawn,
+                damage: status.damage.clone(),
+            }),
+        }
+    }
+}
+
+impl CycleView {
+    fn of(report: &primary::CycleReport) -> Self {
+        Self {
+            moment: report.moment,
+            point: report.point,
+            note: report.note.clone(),
+            logs: report.logs,
+            log_bytes: report.log_bytes,
+            data_bytes: report.data_bytes,
+            zero_bytes: report.zero_bytes,
+            reading_s: seconds(report.reading),
+            total_s: seconds(report.total),
+        }
+    }
+}
