@@ -162,6 +162,11 @@ impl Store {
         Ok(self.vm(vm)?.live()?.base_point())
     }
 
+    /// The bytes of the log that makes a point; none once it is folded into the base.
+    pub fn log_bytes(&self, vm: VmId, point: LogNumber) -> Result<Option<u64>> {
+        Ok(self.vm(vm)?.live()?.logs.get(&point).map(|log| log.row.bytes))
+    }
+
     /// What the gate looks at.
     pub fn facts(&self, vm: VmId) -> Result<VmFacts> {
         let vm = self.vm(vm)?;

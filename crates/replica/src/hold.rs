@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use model::gate::Access;
+use model::gate::{Access, Admission};
 use model::{ApplyState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
 
 use crate::error::{Error, Result};
@@ -44,15 +44,20 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Reads the held files as a view does; valid only as long as the hold is.
-    pub fn view(&self, store: &Store) -> Result<ConsistentView> {
+    /// Reads the held files as a view does, with the admission that the hold was made of; valid only as long
+    /// as the hold is.
+    pub fn view(&self, store: &Store, admission: Admission) -> Result<ConsistentView> {
         let vm = store.vm(self.vm)?;
+        let admitted = (admission.vm(), admission.point(), admission.access());
+        if admitted != (self.vm, self.point.number, Access::Hold) {
+            return Err(Error::busy(vm.id, "the admission is not the one that the hold was made of"));
+        }
         let pin = {
             let mut state = vm.live()?;
             find(&state, &self.id, store.now()).ok_or_else(|| store.ran_out(&vm, self.point.number))?;
             Pin::new(store, &vm, &mut state, self.point)
         };
-        store.view(pin, Some(self.id.clone()))
+        store.view(admission, pin, Some(self.id.clone()))
     }
 }
 
@@ -72,8 +77,9 @@ impl Drop for BarrierGuard {
 }
 
 impl Store {
-    /// Makes the hold that was admitted: for `lease`, but no longer than the config allows.
-    pub fn open_hold(&self, admitted: Admitted, lease: Duration) -> Result<Hold> {
+    /// Makes the hold that was admitted: for `lease`, but no longer than the config allows. The admission
+    /// comes back for who wants to read the hold as a view ([`Hold::view`]).
+    pub fn open_hold(&self, admitted: Admitted, lease: Duration) -> Result<(Hold, Admission)> {
         let Admitted { admission, pin } = admitted;
         let vm = pin.vm.clone();
         if admission.access() != Access::Hold {
@@ -90,7 +96,7 @@ impl Store {
         let hold = describe(&state, &row, pin.point);
         state.holds.push(row);
         drop(state); // the pin takes the lock when it goes
-        Ok(hold)
+        Ok((hold, admission))
     }
 
     /// The holds that last, of one VM.

@@ -230,6 +230,7 @@ impl Store {
         doc.head = log.head();
         doc.head_moment = Some(log.moment);
         doc.last_log_at = Some(now);
+        doc.reported.error = None; // it was overcome
         let point = log.point();
         let phase = phase_after(log.purpose, point.is_some(), log.progress, &doc.phase);
         set_phase(doc, phase, now);

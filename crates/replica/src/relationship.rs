@@ -31,8 +31,6 @@ pub struct Offer {
     pub definition: serde_json::Value,
     /// Where the primary stands.
     pub phase: Phase,
-    /// Its error, if it has one.
-    pub error: Option<String>,
     /// Replication is paused by a person.
     pub paused: bool,
 }
@@ -102,7 +100,8 @@ impl Store {
         doc.points = offer.points;
         doc.offered = offer.disks;
         doc.withdrawn = false;
-        take_report(doc, offer.phase, offer.error, offer.paused, self.now());
+        // Whoever offers is about to send: what failed before is no error that lasts.
+        take_report(doc, offer.phase, None, offer.paused, self.now());
         let described =
             |row: &VmRow| (row.name.clone(), row.doc.interval_s, row.doc.points, row.doc.offered.clone());
         let changed = described(&row) != described(&state.row);
@@ -145,8 +144,9 @@ impl Store {
     /// Removes a replica with all its files. Views of it end; a hold must be released first.
     pub fn remove(&self, vm: VmId) -> Result<()> {
         let vm = self.vm(vm)?;
-        let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        // First this one: it may take as long as an apply, and other VMs' offers must not wait for that.
         let _work = vm.work();
+        let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
         let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = vm.live()?;
         if state.is_held(self.now()) {
@@ -211,7 +211,7 @@ fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         phase_since: now,
         reported: Reported {
             phase: offer.phase.clone(),
-            error: offer.error.clone(),
+            error: None,
             paused: offer.paused,
             at: now,
         },

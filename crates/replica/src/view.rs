@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use model::gate::Access;
+use model::gate::{Access, Admission};
 use model::{DiskName, LogId, LogNumber, PointInfo, VmId};
 
 use crate::error::Result;
@@ -18,6 +18,7 @@ use crate::vm::Vm;
 /// Its point is pinned and its files are open as long as it lives; what arrives, is applied or merged meanwhile
 /// changes no byte of it. It can be read from several threads at once.
 pub struct ConsistentView {
+    admission: Admission,
     pin: Pin,
     reader: Arc<ChainReader>,
     store: Store,
@@ -28,10 +29,15 @@ pub struct ConsistentView {
 impl Store {
     /// Opens the view that was admitted. From now on its point can be the parent of an incremental backup.
     pub fn open_view(&self, admitted: Admitted) -> Result<ConsistentView> {
-        self.view(admitted.pin, None)
+        self.view(admitted.admission, admitted.pin, None)
     }
 
-    pub(crate) fn view(&self, pin: Pin, hold: Option<String>) -> Result<ConsistentView> {
+    pub(crate) fn view(
+        &self,
+        admission: Admission,
+        pin: Pin,
+        hold: Option<String>,
+    ) -> Result<ConsistentView> {
         let (vm, PointInfo { id, number, .. }) = (pin.vm.id, pin.point);
         let files = {
             let state = pin.vm.live()?;
@@ -40,11 +46,17 @@ impl Store {
         };
         let reader = files.into_reader(self.inner.config.view_cache_bytes)?;
         self.catalog().write(move |tx| rows::add_parent(tx, vm, id, number))?;
-        Ok(ConsistentView { pin, reader: Arc::new(reader), store: self.clone(), hold })
+        Ok(ConsistentView { admission, pin, reader: Arc::new(reader), store: self.clone(), hold })
     }
 }
 
 impl ConsistentView {
+    /// What the gate gave: whoever backs the view up has to show it.
+    #[must_use]
+    pub const fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
     /// The VM.
     #[must_use]
     pub fn vm(&self) -> VmId {
@@ -95,12 +107,20 @@ impl ConsistentView {
     ///
     /// By id, not by number: after a loss or a removal another chain can have the same numbers.
     pub fn changed_since(&self, disk: &DiskName, parent: LogId) -> Result<Option<Vec<Range<u64>>>> {
-        match rows::parent(self.store.catalog(), self.vm(), parent)? {
-            Some(number) if number <= self.pin.point.number => {
-                self.reader.changed_since(disk, number).map(Some)
-            }
-            _ => Ok(None),
+        match self.parent(parent)? {
+            Some(number) => self.reader.changed_since(disk, number).map(Some),
+            None => Ok(None),
         }
+    }
+
+    /// Whether [`Self::changed_since`] that point can be told.
+    pub fn knows_changes_since(&self, parent: LogId) -> Result<bool> {
+        Ok(self.parent(parent)?.is_some())
+    }
+
+    fn parent(&self, parent: LogId) -> Result<Option<LogNumber>> {
+        let number = rows::parent(self.store.catalog(), self.vm(), parent)?;
+        Ok(number.filter(|number| *number <= self.pin.point.number))
     }
 
     /// Whether everything that was read of it is the point's. To be asked after the last read and before a
