@@ -259,3 +259,21 @@ fn a_file_that_is_no_layer_of_this_disk_is_left_alone() {
     std::fs::File::create(&layer).unwrap().set_len(len).unwrap();
     CowDisk::new(Arc::new(FileDisk::open(&other).unwrap()), layer_file(&layer)).unwrap();
 }
+
+#[test]
+fn a_layer_is_free_once_it_is_dropped_even_while_programs_are_started() {
+    let folder = support::folder();
+    sparse_file(&folder.path().join("base"), SIZE, &[]);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    // A child has all our files until it has become the program it is to be.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                support::run("true", &[]);
+            }
+        });
+        let opened = std::panic::catch_unwind(|| (0..2000).for_each(|_| drop(layered(folder.path()))));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        opened.unwrap();
+    });
+}

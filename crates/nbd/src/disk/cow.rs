@@ -39,13 +39,12 @@ impl CowDisk {
     /// layer; one that was a layer over a disk of this size goes on where its last flush left it (that it
     /// was over *this* disk is for the caller to know). The file is locked while the layer is in use.
     pub fn new(base: Arc<dyn Disk>, file: File) -> io::Result<Self> {
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::Error(error)) => return Err(error),
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the layer is in use already"));
+        file.try_lock().map_err(|error| match error {
+            TryLockError::Error(error) => error,
+            TryLockError::WouldBlock => {
+                io::Error::new(io::ErrorKind::ResourceBusy, "the layer is in use already")
             }
-        }
+        })?;
         let size_bytes = base.size_bytes();
         let layer = Image::new(file);
         let disk = Self { base, size_bytes, layer, blocks: Blocks::default(), flushing: Mutex::new(()) };
@@ -253,6 +252,15 @@ impl Disk for CowDisk {
             self.layer.sync()
         });
         flushed.inspect_err(|_| self.blocks.put_back_dirty(pages))
+    }
+}
+
+impl Drop for CowDisk {
+    /// Closing the file would not do: a program that is just being started has it, too, for a moment.
+    fn drop(&mut self) {
+        if let Err(error) = self.layer.unlock() {
+            tracing::warn!(%error, "the file of a writable layer could not be unlocked");
+        }
     }
 }
 
