@@ -230,7 +230,7 @@ fn live(seed: u64, steps: usize) -> (usize, usize, usize) {
 fn whatever_happens_every_point_and_every_view_reads_as_the_primary_was() {
     let seeds = match std::env::var("AFTERIMAGE_SEED") {
         Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => (0..24).collect::<Vec<u64>>(),
+        Err(_) => (0..8).collect::<Vec<u64>>(),
     };
     let mut sums = (0, 0, 0);
     for seed in seeds {
@@ -239,5 +239,5 @@ fn whatever_happens_every_point_and_every_view_reads_as_the_primary_was() {
         sums = (sums.0 + applies, sums.1 + merges, sums.2 + incremental);
     }
     println!("{} applies, {} merges, {} looks at changes since a parent", sums.0, sums.1, sums.2);
-    assert!(sums.0 > 20 && sums.2 > 20, "the histories have all of it in them: {sums:?}");
+    assert!(sums.0 > 10 && sums.1 > 2 && sums.2 > 20, "the histories have all of it in them: {sums:?}");
 }
