@@ -82,8 +82,8 @@ impl Store {
         if state.row.doc.migrating.is_some() {
             return Ok(Decision::Nothing);
         }
-        let plan = self.plan(&state, now);
-        if let Some(through) = self.apply_target(&state, &plan, now, false) {
+        let plan = self.plan(&state, now, false);
+        if let Some(through) = self.apply_target(&state, &plan, now) {
             return self.begin_apply(&mut state, through, plan.drop).map(Decision::Apply);
         }
         if !plan.drop.is_empty() {
@@ -101,7 +101,10 @@ impl Store {
         Ok(group.map_or(Decision::Nothing, Decision::Compact))
     }
 
-    fn plan(&self, state: &State, now: Timestamp) -> RetentionPlan {
+    /// What retention says now. Behind a barrier the base stays where it is, as in a hold: the point that it
+    /// equals must still be there when the hold is asked for.
+    fn plan(&self, state: &State, now: Timestamp, past_barrier: bool) -> RetentionPlan {
+        let barred = state.is_barred(now) && !past_barrier && state.apply == ApplyState::Idle;
         let points: Vec<PointInfo> = state.points.values().copied().collect();
         let logs: Vec<LogNumber> = state.logs.keys().copied().collect();
         let pins: Vec<LogNumber> = state.pins.keys().copied().collect();
@@ -111,7 +114,7 @@ impl Store {
             logs: &logs,
             applied: state.applied(),
             pins: &pins,
-            held: state.is_held(now),
+            held: state.is_held(now) || barred,
             extra_hourly,
             recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },
             now,
@@ -119,13 +122,7 @@ impl Store {
     }
 
     /// How far to apply now, if at all.
-    fn apply_target(
-        &self,
-        state: &State,
-        plan: &RetentionPlan,
-        now: Timestamp,
-        past_barrier: bool,
-    ) -> Option<LogNumber> {
+    fn apply_target(&self, state: &State, plan: &RetentionPlan, now: Timestamp) -> Option<LogNumber> {
         let planned = plan.apply_through.or(plan.apply_initial_through);
         let unfinished = state.row.doc.applying.as_ref().map(|applying| applying.through);
         match state.apply {
@@ -133,7 +130,6 @@ impl Store {
             ApplyState::Failed { .. } if state.retry_at > now => None,
             // What was begun is ended first, and nothing may read the base before that.
             ApplyState::Failed { .. } | ApplyState::Interrupted { .. } => unfinished.max(planned),
-            _ if state.is_barred(now) && !past_barrier => None,
             _ => planned,
         }
     }
@@ -148,8 +144,8 @@ impl Store {
             if state.in_failover() || state.row.doc.migrating.is_some() {
                 return Ok(false);
             }
-            let plan = self.plan(&state, now);
-            match self.apply_target(&state, &plan, now, true) {
+            let plan = self.plan(&state, now, true);
+            match self.apply_target(&state, &plan, now) {
                 Some(through) => self.begin_apply(&mut state, through, plan.drop)?,
                 None => return Ok(false),
             }

@@ -209,12 +209,7 @@ fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         head_moment: None,
         phase: Phase::InitialReplication { progress: Progress { covered_bytes: 0, total_bytes } },
         phase_since: now,
-        reported: Reported {
-            phase: offer.phase.clone(),
-            error: None,
-            paused: offer.paused,
-            at: now,
-        },
+        reported: Reported { phase: offer.phase.clone(), error: None, paused: offer.paused, at: now },
         made_at: now,
         last_log_at: None,
         applying: None,

@@ -129,7 +129,12 @@ fn kill_at(dir: &Path, step: &str) {
         .env(FAIL_AT, step)
         .output()
         .unwrap();
-    assert_eq!(status.status.signal(), Some(9), "the life never came to {step}: {}", String::from_utf8_lossy(&status.stdout));
+    assert_eq!(
+        status.status.signal(),
+        Some(9),
+        "the life never came to {step}: {}",
+        String::from_utf8_lossy(&status.stdout)
+    );
 }
 
 /// Opens what the kill has left and holds it against what the primary knows.
@@ -149,7 +154,11 @@ fn check(dir: &Path, step: &str) {
         site.settle(VM);
         return site.check_points(&primary);
     };
-    assert!(head.number >= acked, "{step}: log {acked} was acknowledged, the chain ends with {}", head.number);
+    assert!(
+        head.number >= acked,
+        "{step}: log {acked} was acknowledged, the chain ends with {}",
+        head.number
+    );
     assert!(head.number.0 <= acked.0 + 1, "{step}: nobody sent log {}", head.number);
     let (mut primary, mut chance, _) = primary_at(head.number);
     assert_eq!(primary.head, head, "{step}");
@@ -229,7 +238,13 @@ fn a_kill_at_any_durable_step_loses_nothing_that_was_acknowledged() {
     }
     let mut steps: Vec<String> = STEPS.iter().map(ToString::to_string).collect();
     // Some steps are different when they come again: a first and a later log, a second batch.
-    for later in ["receive::renamed:6", "receive::committed:6", "apply::mapped:3", "apply::writing:4", "apply::committed:3"] {
+    for later in [
+        "receive::renamed:6",
+        "receive::committed:6",
+        "apply::mapped:3",
+        "apply::writing:4",
+        "apply::committed:3",
+    ] {
         steps.push(format!("replica::{later}"));
     }
     let (one, other) = steps.split_at(steps.len() / 2);

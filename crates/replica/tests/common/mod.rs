@@ -100,7 +100,9 @@ impl Primary {
         Offer {
             vm: self.vm,
             name: format!("vm-{:02x}", self.vm.as_bytes()[0]).parse().unwrap(),
-            disks: disks.map(|(n, bytes)| DiskSize { name: disk(n), size_bytes: bytes.len() as u64 }).collect(),
+            disks: disks
+                .map(|(n, bytes)| DiskSize { name: disk(n), size_bytes: bytes.len() as u64 })
+                .collect(),
             interval: Duration::from_secs(30),
             points: self.points,
             primary_name: "primary".into(),
@@ -121,7 +123,9 @@ impl Primary {
         let start = chance.below(units);
         let end = (start + 1 + chance.below(units_max)).min(units);
         let (zeros, mark) = (chance.one_in(4), chance.below(u64::MAX));
-        self.write(name, start * UNIT..end * UNIT, |at| if zeros { 0 } else { (mark ^ at.wrapping_mul(0x9e37_79b9)) as u8 | 1 });
+        self.write(name, start * UNIT..end * UNIT, |at| {
+            if zeros { 0 } else { (mark ^ at.wrapping_mul(0x9e37_79b9)) as u8 | 1 }
+        });
     }
 
     pub fn write(&mut self, name: &str, range: Range<u64>, byte: impl Fn(u64) -> u8) {
@@ -155,7 +159,9 @@ impl Primary {
             predecessor: self.head.id,
             moment,
             purpose,
-            disks: disks.map(|(n, bytes)| DiskInfo { name: disk(n), size_bytes: bytes.len() as u64 }).collect(),
+            disks: disks
+                .map(|(n, bytes)| DiskInfo { name: disk(n), size_bytes: bytes.len() as u64 })
+                .collect(),
         };
         let mut encoder = Encoder::new(Vec::new(), &header).unwrap();
         for (place, (name, bytes)) in self.disks.iter().enumerate() {
@@ -244,7 +250,8 @@ impl Site {
         while !at.durable {
             let start = at.offset as usize;
             let end = (start + part).min(bytes.len());
-            at = self.store.append(PEER, vm, number, id, at.offset, &bytes[start..end], end == bytes.len())?;
+            at =
+                self.store.append(PEER, vm, number, id, at.offset, &bytes[start..end], end == bytes.len())?;
         }
         Ok(())
     }
