@@ -18,11 +18,13 @@
 
 mod backup;
 mod crypto;
+mod cutter;
 mod direct;
 mod error;
 mod id;
 mod index;
 mod info;
+mod list;
 mod lock;
 mod manifest;
 mod pack;
@@ -30,10 +32,10 @@ mod parallel;
 mod reader;
 mod restore;
 mod rustic;
-mod shape;
 mod source;
 mod tree;
 mod verify;
+mod zeros;
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -50,6 +52,7 @@ pub use verify::{Damage, VerifyOptions, VerifyReport};
 
 use id::Id;
 use index::Index;
+use list::Chunk;
 use manifest::DEFINITION_FILE;
 use pack::Opener;
 use reader::Tools;
@@ -135,6 +138,33 @@ impl Repository {
         opener
             .open(id, location.raw_len, stored, raw)
             .map_err(|why| format!("pack {} is damaged: {why}", BackupId(location.pack).short()))
+    }
+
+    /// A disk's list of chunks, checked against the manifest; the disk's content is taken out of `files`.
+    fn disk_list(&self, files: &mut [TreeFile], disk: &BackupDisk) -> Result<Vec<Chunk>, String> {
+        let lengths = self.read_small_file(files, &disk.lengths_file());
+        let name = disk.raw_file();
+        let file = files.iter_mut().find(|file| file.name == name);
+        let ids = std::mem::take(&mut file.ok_or_else(|| format!("it has no file {name}"))?.content);
+        // The index has the lengths too, as long as it has all chunks.
+        let lengths = lengths.or_else(|why| self.indexed_lengths(&ids).ok_or(why))?;
+        let list = list::decode(&ids, &lengths, disk.size_bytes)
+            .map_err(|why| format!("the list of chunks of disk {} is damaged: {why}", disk.name))?;
+        if list::digest(disk.size_bytes, &list) != disk.digest {
+            return Err(format!("the list of chunks of disk {} has not the manifest's digest", disk.name));
+        }
+        Ok(list)
+    }
+
+    /// The lengths of these chunks as the index has them.
+    fn indexed_lengths(&self, ids: &[Id]) -> Option<Vec<u8>> {
+        let index = self.index();
+        let chunk = |id: &Id| {
+            let bytes = u32::try_from(index.data(id)?.raw_bytes()).ok()?;
+            let zeros = zeros::zero_chunks(bytes.into()).next().filter(|zeros| zeros.id == *id);
+            Some(zeros.unwrap_or(Chunk::data(*id, bytes)))
+        };
+        Some(list::encode_lengths(&ids.iter().map(chunk).collect::<Option<Vec<_>>>()?))
     }
 
     fn not_indexed(&self, what: &str) -> String {

@@ -10,10 +10,10 @@ use crate::crypto::Cipher;
 use crate::error::Error;
 use crate::id::Id;
 use crate::info::BackupInfo;
+use crate::list::{self, Chunk, index_of};
 use crate::lock::Lock;
 use crate::manifest::BackupDisk;
 use crate::pack::Opener;
-use crate::shape::{Shape, index_of};
 
 /// What a thread needs to read chunks.
 pub(crate) struct Tools {
@@ -32,8 +32,9 @@ const CACHE_BYTES: usize = 32 << 20;
 
 struct ReadDisk {
     disk: BackupDisk,
-    shape: Shape,
-    ids: Vec<Id>,
+    list: Vec<Chunk>,
+    /// Where each chunk begins.
+    starts: Vec<u64>,
 }
 
 /// The disks of one backup, to be read at any place. It holds a lock: what it reads is not pruned.
@@ -76,8 +77,10 @@ impl Repository {
         self.load_index()?;
         let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
         let disks = backup.disks.iter().map(|disk| {
-            let ids = Self::disk_list(&mut files, disk)?;
-            Ok(ReadDisk { shape: Shape::new(disk.size_bytes, disk.chunk_bytes), disk: disk.clone(), ids })
+            let list = self.disk_list(&mut files, disk)?;
+            let starts =
+                list.iter().scan(0, |next, chunk| Some(std::mem::replace(next, *next + chunk.bytes())));
+            Ok(ReadDisk { disk: disk.clone(), starts: starts.collect(), list })
         });
         Ok(BackupReader {
             disks: disks.collect::<Result<_, String>>().map_err(damaged)?,
@@ -96,14 +99,13 @@ impl BackupReader {
         &self.backup
     }
 
-    /// What of a disk is not zero: in order, disjoint, in whole chunks cut to `range`.
+    /// What of a disk is not zero: in order, disjoint, within `range`.
     #[must_use]
     pub fn data_extents(&self, disk: usize, range: Range<u64>) -> Vec<Range<u64>> {
         let Some(disk) = self.disks.get(disk) else { return Vec::new() };
-        let runs = disk.shape.data_runs(&disk.ids, u64::MAX);
-        runs.iter()
-            .map(|run| disk.shape.bytes_of(run))
-            .map(|bytes| bytes.start.max(range.start)..bytes.end.min(range.end))
+        list::data_stretches(&disk.list, u64::MAX)
+            .into_iter()
+            .map(|stretch| stretch.bytes.start.max(range.start)..stretch.bytes.end.min(range.end))
             .filter(|bytes| bytes.start < bytes.end)
             .collect()
     }
@@ -113,43 +115,42 @@ impl BackupReader {
         let unsupported =
             || Error::Unsupported { what: "the read is not within a disk of the backup".into() };
         let disk = self.disks.get(disk).ok_or_else(unsupported)?;
-        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= disk.shape.size_bytes);
+        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= disk.disk.size_bytes);
         let end = end.ok_or_else(unsupported)?;
-        let mut place = offset;
-        while place < end {
-            let chunk = place / u64::from(disk.shape.chunk_bytes);
-            let bytes = disk.shape.bytes_of(&(chunk..chunk + 1));
-            let piece = place..bytes.end.min(end);
-            let out = &mut buffer[index_of(piece.start - offset)..index_of(piece.end - offset)];
-            let id = disk.ids[index_of(chunk)];
-            if id == disk.shape.zero_id(chunk) {
-                out.fill(0);
-            } else {
-                let raw = self.chunk(&id).map_err(|why| Error::ChunkDamaged {
-                    backup: self.backup.id.short(),
-                    disk: disk.disk.name.clone(),
-                    offset: bytes.start,
-                    len: bytes.end - bytes.start,
-                    why,
-                })?;
-                let within = index_of(piece.start - bytes.start)..index_of(piece.end - bytes.start);
-                out.copy_from_slice(raw.get(within).ok_or_else(unsupported)?);
+        let first = disk.starts.partition_point(|start| *start <= offset).saturating_sub(1);
+        for (chunk, start) in disk.list.iter().zip(&disk.starts).skip(first) {
+            if *start >= end {
+                break;
             }
-            place = piece.end;
+            let chunk_end = start + chunk.bytes();
+            let piece = offset.max(*start)..end.min(chunk_end);
+            let out = &mut buffer[index_of(piece.start - offset)..index_of(piece.end - offset)];
+            if chunk.is_zero() {
+                out.fill(0);
+                continue;
+            }
+            let raw = self.chunk(chunk).map_err(|why| Error::ChunkDamaged {
+                backup: self.backup.id.short(),
+                disk: disk.disk.name.clone(),
+                offset: *start,
+                len: chunk.bytes(),
+                why,
+            })?;
+            out.copy_from_slice(&raw[index_of(piece.start - start)..index_of(piece.end - start)]);
         }
         Ok(())
     }
 
-    fn chunk(&self, id: &Id) -> Result<Arc<Vec<u8>>, String> {
-        if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+    fn chunk(&self, chunk: &Chunk) -> Result<Arc<Vec<u8>>, String> {
+        if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&chunk.id) {
             return Ok(known);
         }
         let mut tools = Tools::new(self.repository.store.cipher()).map_err(|error| error.to_string())?;
-        let mut raw = vec![0; self.repository.chunk_bytes(id)?];
-        self.repository.read_chunk(&mut tools, id, &mut raw)?;
-        let chunk = Arc::new(raw);
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(*id, chunk.clone());
-        Ok(chunk)
+        let mut raw = vec![0; index_of(chunk.bytes())];
+        self.repository.read_chunk(&mut tools, &chunk.id, &mut raw)?;
+        let raw = Arc::new(raw);
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).put(chunk.id, raw.clone());
+        Ok(raw)
     }
 }
 

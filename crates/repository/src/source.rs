@@ -30,7 +30,8 @@ pub trait Source: Sync {
     fn data_extents(&self, disk: usize, range: Range<u64>) -> io::Result<Vec<Range<u64>>>;
 
     /// What has changed since the point `parent`, in order and disjoint; none if that is not known.
-    /// It may name more than has changed, never less.
+    /// It may name more than has changed, never less; where a disk has shrunk and grown again in between, the
+    /// zeros that it grew by are a change.
     fn changed_since(&self, disk: usize, parent: LogNumber) -> io::Result<Option<Vec<Range<u64>>>>;
 
     /// Fills `buffer` with the disk's bytes from `offset`; it never reaches past the end of the disk.

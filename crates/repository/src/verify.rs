@@ -12,10 +12,10 @@ use crate::backup::Progress;
 use crate::error::Error;
 use crate::id::{BackupId, ById, Id};
 use crate::info::BackupInfo;
+use crate::list::{Chunk, index_of};
 use crate::manifest::{BackupDisk, DEFINITION_FILE, MANIFEST_FILE};
 use crate::restore::{DamagedRange, joined};
 use crate::rustic::FileKind;
-use crate::shape::{Shape, index_of};
 use crate::{Repository, parallel, reader};
 
 /// What to check.
@@ -164,10 +164,10 @@ impl Repository {
             }
         }
         for disk in &backup.disks {
-            match Self::disk_list(&mut files, disk) {
-                Ok(ids) => {
-                    self.verify_chunks(&ids, read_data, checked, progress, cancel)?;
-                    report.damaged.extend(damage_of(backup, disk, &ids, checked));
+            match self.disk_list(&mut files, disk) {
+                Ok(list) => {
+                    self.verify_chunks(&list, read_data, checked, progress, cancel)?;
+                    report.damaged.extend(damage_of(backup, disk, &list, checked));
                 }
                 Err(why) => {
                     report.damaged.push(Damage { disk: Some(disk.name.clone()), ..of_backup(why) });
@@ -179,25 +179,19 @@ impl Repository {
 
     fn verify_chunks(
         &self,
-        ids: &[Id],
+        list: &[Chunk],
         read_data: bool,
         checked: &mut Checked,
         progress: &dyn Fn(u64),
         cancel: &AtomicBool,
     ) -> Result<(), Error> {
-        let mut last = None;
-        let mut new = Vec::new();
-        for id in ids {
-            if last.replace(*id) != Some(*id) && checked.seen.insert(*id) {
-                new.push(*id);
-            }
-        }
+        let new: Vec<Chunk> = list.iter().filter(|chunk| checked.seen.insert(chunk.id)).copied().collect();
         let checked = &*checked;
-        let work = |(tools, raw): &mut (reader::Tools, Vec<u8>), id: &Id| {
-            let result = self.is_placed(id, checked).and_then(|()| {
+        let work = |(tools, raw): &mut (reader::Tools, Vec<u8>), chunk: &Chunk| {
+            let result = self.is_placed(chunk, checked).and_then(|()| {
                 if read_data {
-                    raw.resize(self.chunk_bytes(id)?, 0);
-                    self.read_chunk(tools, id, raw)?;
+                    raw.resize(index_of(chunk.bytes()), 0);
+                    self.read_chunk(tools, &chunk.id, raw)?;
                 }
                 Ok(())
             });
@@ -206,7 +200,7 @@ impl Repository {
                     checked.bytes_read.fetch_add(raw.len() as u64, Ordering::Relaxed);
                 }
                 Err(why) => {
-                    checked.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(*id, why);
+                    checked.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.id, why);
                 }
             }
             Ok(())
@@ -220,8 +214,8 @@ impl Repository {
     }
 
     /// Whether the index has the chunk, in a pack that is there and long enough.
-    fn is_placed(&self, id: &Id, checked: &Checked) -> Result<(), String> {
-        let location = self.index().data(id);
+    fn is_placed(&self, chunk: &Chunk, checked: &Checked) -> Result<(), String> {
+        let location = self.index().data(&chunk.id);
         let location = location.ok_or_else(|| self.not_indexed("the chunk"))?;
         let pack = BackupId(location.pack).short();
         match checked.packs.get(&location.pack) {
@@ -229,21 +223,25 @@ impl Repository {
             Some(bytes) if location.offset.saturating_add(location.len) > *bytes => {
                 Err(format!("pack {pack} is too short"))
             }
+            Some(_) if location.raw_bytes() as u64 != chunk.bytes() => {
+                Err("the chunk has another length than its place".into())
+            }
             Some(_) => Ok(()),
         }
     }
 }
 
-fn damage_of(backup: &BackupInfo, disk: &BackupDisk, ids: &[Id], checked: &Checked) -> Vec<Damage> {
+fn damage_of(backup: &BackupInfo, disk: &BackupDisk, list: &[Chunk], checked: &Checked) -> Vec<Damage> {
     let bad = checked.bad.lock().unwrap_or_else(PoisonError::into_inner);
     if bad.is_empty() {
         return Vec::new();
     }
-    let shape = Shape::new(disk.size_bytes, disk.chunk_bytes);
-    let ranges = (0..shape.chunk_count()).filter_map(|chunk| {
-        let why = bad.get(&ids[index_of(chunk)])?.clone();
-        let bytes = shape.bytes_of(&(chunk..chunk + 1));
-        Some(DamagedRange { disk: disk.name.clone(), offset: bytes.start, len: bytes.end - bytes.start, why })
+    let mut next = 0;
+    let ranges = list.iter().filter_map(|chunk| {
+        let offset = next;
+        next += chunk.bytes();
+        let why = bad.get(&chunk.id)?.clone();
+        Some(DamagedRange { disk: disk.name.clone(), offset, len: chunk.bytes(), why })
     });
     joined(ranges.collect())
         .into_iter()

@@ -97,22 +97,23 @@ fn a_damaged_chunk_is_named_and_the_rest_can_be_saved() {
     let [found] = &damage[..] else { panic!("{damage:?}") };
     let expected = (Some(second.id), Some(VM), Some(second.point.number), Some("a".parse().unwrap()));
     assert_eq!((found.backup, found.vm, found.point, found.disk.clone()), expected);
-    assert_eq!((found.offset, found.len), (3 * CHUNK as u64, CHUNK as u64));
+    let place = 3 * CHUNK as u64;
+    assert!(found.offset <= place && place < found.offset + found.len, "{found:?}");
     assert!(found.why.contains("pack"), "{found:?}");
 
     let to = folder.path().join("out");
     let error = restore(&repository, &second, false, &to).unwrap_err();
-    assert!(
-        matches!(&error, Error::ChunkDamaged { disk, offset, .. } if disk.as_str() == "a" && *offset == 3 * CHUNK as u64)
-    );
+    let Error::ChunkDamaged { disk, offset, len, .. } = &error else { panic!("{error}") };
+    assert_eq!((disk.as_str(), *offset, *len), ("a", found.offset, found.len));
     assert!(error.to_string().contains("--keep-going"), "{error}");
     assert_eq!(std::fs::read_dir(&to).unwrap().count(), 0, "no half disk is left");
 
     let report = restore(&repository, &second, true, &to).unwrap();
     let [range] = &report.damaged[..] else { panic!("{report:?}") };
-    assert_eq!((range.offset, range.len), (3 * CHUNK as u64, CHUNK as u64));
+    assert_eq!((range.offset, range.len), (found.offset, found.len));
     let mut expected = changed.clone();
-    expected[3 * CHUNK..4 * CHUNK].fill(0);
+    let gap = usize::try_from(found.offset).unwrap()..usize::try_from(found.offset + found.len).unwrap();
+    expected[gap].fill(0);
     assert!(std::fs::read(to.join("a.raw")).unwrap() == expected);
     assert!(std::fs::read(to.join("b.raw")).unwrap() == b);
     // The other backup is as it was.
@@ -132,14 +133,19 @@ fn a_lost_pack_is_named_and_the_next_backup_mends_it() {
         damage.iter().filter(|damage| damage.backup == Some(info.id) && damage.disk.is_some()).count()
     };
     assert_eq!(of(&first), 2, "both disks, each as one range: {damage:?}");
-    assert_eq!(of(&second), 3, "a is broken on both sides of what changed: {damage:?}");
+    assert!(of(&second) >= 2, "what has changed is still there: {damage:?}");
+    let place = 3 * CHUNK as u64;
+    let hits = |damage: &Damage| damage.offset <= place && place < damage.offset + damage.len;
+    let of_a = |damage: &&Damage| damage.disk.as_ref().is_some_and(|disk| disk.as_str() == "a");
+    assert!(!damage.iter().filter(of_a).any(|damage| damage.backup == Some(second.id) && hits(damage)));
     assert!(damage.iter().all(|damage| damage.why.contains("is missing")), "{damage:?}");
     assert_eq!(restore(&repository, &first, false, folder.path()).unwrap_err().kind(), ErrorKind::Damaged);
 
     // The parent's chunks are gone: what it would have taken over is read again, and old backups heal too.
     let source = Disks::new(3, &[("a", &changed), ("b", &b)]).with_changes(2, vec![vec![], vec![]]);
     let report = backup(&repository, &source, Some(&second)).unwrap();
-    assert_eq!(report.chunks_read, 7, "all but the one that is still there");
+    let all = (changed.len() + b.len()) as u64;
+    assert_eq!(report.bytes_read, all - second.bytes_read, "all but what is still there");
     assert_restores(&repository, &report.backup, &[("a", &changed), ("b", &b)]);
     assert_restores(&repository, &second, &[("a", &changed), ("b", &b)]);
 }

@@ -11,11 +11,13 @@ use support::*;
 
 /// Changes a disk at random and says where; now and then it grows or shrinks.
 fn change(disk: &mut Vec<u8>, chance: &mut Chance) -> Vec<Range<u64>> {
-    if chance.below(5) == 0 {
-        let len = 1 + chance.below(12 * CHUNK as u64);
-        disk.resize(usize::try_from(len).unwrap(), 0);
-    }
     let mut changed = Vec::new();
+    if chance.below(5) == 0 {
+        let (old_len, len) = (disk.len() as u64, 1 + chance.below(50 * CHUNK as u64));
+        disk.resize(usize::try_from(len).unwrap(), 0);
+        // Between two backups a disk may shrink and grow again: growing is a change too.
+        changed.extend((len > old_len).then_some(old_len..len));
+    }
     for _ in 0..chance.below(5) {
         let offset = chance.below(disk.len() as u64);
         let len = 1 + chance.below((disk.len() as u64 - offset).min(CHUNK as u64 + 5000));
@@ -44,7 +46,7 @@ fn history(seed: u64) {
     let folder = tempfile::tempdir().unwrap();
     let repository = Repository::create(folder.path(), PASSWORD).unwrap();
     let mut chance = Chance::new(seed);
-    let mut disks = [image(seed, 7 * CHUNK + 77), image(seed + 1, 2 * CHUNK)];
+    let mut disks = [image(seed, 40 * CHUNK + 77), image(seed + 1, 9 * CHUNK)];
     let mut changes: Vec<[Vec<Range<u64>>; 2]> = Vec::new();
     let mut made: Vec<Made> = Vec::new();
     for number in 1..10_u64 {
@@ -90,22 +92,32 @@ fn history(seed: u64) {
     restic_ok(folder.path(), &["check", "--read-data"]);
 }
 
-/// Every read lies in a chunk that a change touches (or that the disk's new size does), and in no hole.
+/// Every read is near a change (within the longest chunk), or past the end of what was, and in no hole.
 fn assert_only_changes_were_read(source: &Disks, parent: &Made) {
-    let chunk = CHUNK as u64;
+    let longest = (2 << 20) + (128 << 10);
     for (disk, read) in source.reads.lock().unwrap().iter() {
         let size = source.bytes[*disk].len() as u64;
         let old_size = parent.disks[*disk].len() as u64;
-        let within = read.start / chunk * chunk..(read.end.div_ceil(chunk) * chunk).min(size);
-        let touched = source.changed[&parent.number][*disk]
-            .iter()
-            .any(|range| range.start < within.end && within.start < range.end);
-        let resized = size != old_size && within.end > size.min(old_size) / chunk * chunk;
-        assert!(touched || resized, "disk {disk}: {read:?} was read, and nothing changed there");
-        let bytes =
-            &source.bytes[*disk][usize::try_from(read.start).unwrap()..usize::try_from(read.end).unwrap()];
+        let resized = (size != old_size).then(|| size.min(old_size)..size.max(old_size));
+        let all = source.changed[&parent.number][*disk].iter().cloned().chain(resized);
+        let near =
+            all.into_iter().any(|range| range.start < read.end + longest && read.start < range.end + longest);
+        assert!(near, "disk {disk}: {read:?} was read, and nothing changed there");
+        let start = usize::try_from(read.start).unwrap();
+        let bytes = &source.bytes[*disk][start..usize::try_from(read.end).unwrap()];
         assert!(bytes.chunks(4096).all(|block| block.iter().any(|byte| *byte != 0)), "a hole was read");
     }
+    assert!(source.bytes_read() <= allowed(source, parent, longest));
+}
+
+/// What may be read at most: each change with a chunk before and behind it.
+fn allowed(source: &Disks, parent: &Made, longest: u64) -> u64 {
+    let of_disk = |disk: usize| {
+        let changes = source.changed[&parent.number][disk].iter();
+        let resized = (source.bytes[disk].len()).saturating_sub(parent.disks[disk].len()) as u64 + longest;
+        changes.map(|range| range.end - range.start + 2 * longest).sum::<u64>() + resized
+    };
+    of_disk(0) + of_disk(1)
 }
 
 fn assert_reads_anywhere(repository: &Arc<Repository>, made: &Made, chance: &mut Chance) {

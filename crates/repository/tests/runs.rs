@@ -50,7 +50,7 @@ fn a_cancelled_run_leaves_no_backup() {
     let folder = tempfile::tempdir().unwrap();
     let repository = Repository::create(folder.path(), PASSWORD).unwrap();
     let disk = Chance::new(2).bytes(40 * CHUNK);
-    let source = Disks { slow: Duration::from_millis(20), ..Disks::new(1, &[("a", &disk)]) };
+    let source = Disks { slow: Duration::from_millis(150), ..Disks::new(1, &[("a", &disk)]) };
     let cancel = AtomicBool::new(false);
     let told = Mutex::new(Vec::new());
     let progress = |progress: Progress| {
@@ -111,7 +111,7 @@ fn our_lock_and_restics_keep_each_other_out() {
     let disk = Chance::new(3).bytes(30 * CHUNK);
     // While a backup runs, restic will not prune.
     let refused = Mutex::new(None);
-    let source = Disks { slow: Duration::from_millis(10), ..Disks::new(1, &[("a", &disk)]) };
+    let source = Disks { slow: Duration::from_millis(100), ..Disks::new(1, &[("a", &disk)]) };
     let progress = |_: Progress| {
         refused.lock().unwrap().get_or_insert_with(|| restic(&path, &["prune"]));
     };
@@ -134,7 +134,7 @@ fn our_lock_and_restics_keep_each_other_out() {
     let progress = |_: Progress| {
         restic_ok(&path, &["unlock", "--remove-all"]);
     };
-    let source = Disks { slow: Duration::from_millis(10), ..Disks::new(3, &[("a", &disk)]) };
+    let source = Disks { slow: Duration::from_millis(100), ..Disks::new(3, &[("a", &disk)]) };
     let error =
         repository.backup(&source, meta(VM, 3), None, &progress, &AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("removed our lock"), "{error}");

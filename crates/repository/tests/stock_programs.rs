@@ -13,7 +13,7 @@ fn restic_checks_dumps_and_restores_what_we_restore() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("repository");
     let repository = Repository::create(&path, PASSWORD).unwrap();
-    let (root, data) = (image(1, 5 * CHUNK + 1234), image(2, 3 * CHUNK));
+    let (root, data) = (image(1, 20 * CHUNK + 1234), image(2, 3 * CHUNK));
     let first_disks =
         [("root", &root[..]), ("data", &data[..]), ("empty", &[][..]), ("blank", &[0; 1000][..])];
     let first = backup(&repository, &Disks::new(4, &first_disks), None).unwrap().backup;
@@ -24,7 +24,8 @@ fn restic_checks_dumps_and_restores_what_we_restore() {
     let touched = vec![vec![CHUNK as u64 + 5..CHUNK as u64 + 9], vec![], vec![], vec![]];
     let source = Disks::new(5, &second_disks).with_changes(4, touched);
     let second = backup(&repository, &source, Some(&first)).unwrap();
-    assert_eq!((second.incremental_disks, second.chunks_read), (4, 1));
+    assert_eq!(second.incremental_disks, 4);
+    assert!(second.bytes_read > 0 && second.bytes_read < root.len() as u64, "{second:?}");
 
     restic_ok(&path, &["check", "--read-data"]);
     for (info, disks) in [(&first, &first_disks), (&second.backup, &second_disks)] {

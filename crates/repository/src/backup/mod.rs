@@ -26,6 +26,7 @@ use crate::direct::Aligned;
 use crate::error::Error;
 use crate::id::{BackupId, Id};
 use crate::info::{BackupInfo, Description, TAG};
+use crate::list;
 use crate::lock::Lock;
 use crate::manifest::{self, BackupDisk, DEFINITION_FILE, MANIFEST_FILE, Manifest};
 use crate::pack::{BlobKind, PackBuilder};
@@ -131,7 +132,7 @@ impl Repository {
         Ok(BackupReport {
             bytes_read: backup.bytes_read,
             bytes_added: backup.bytes_added,
-            chunks: plans.iter().map(|plan| plan.shape.chunk_count()).sum(),
+            chunks: backup.disks.iter().map(|disk| disk.chunks).sum(),
             chunks_read: counts.chunks_read,
             chunks_added: counts.chunks_added,
             incremental_disks: plans.iter().filter(|plan| plan.incremental).count(),
@@ -152,24 +153,34 @@ impl Repository {
         let encode = |error: serde_json::Error| {
             Error::io("cannot encode a backup for", self.path(), io::Error::other(error))
         };
-        run.store_zeros(full)?;
         let (mut disks, mut files) = (Vec::new(), Vec::new());
         for (disk, plan) in source.disks().iter().zip(run.plans) {
-            let content = plan.take_ids();
-            disks.push(BackupDisk {
+            let list = plan.finished_list();
+            run.store_zeros(&list, full)?;
+            let known = BackupDisk {
                 name: disk.name.clone(),
                 size_bytes: disk.size_bytes,
-                chunk_bytes: plan.shape.chunk_bytes,
-                digest: manifest::digest(disk.size_bytes, plan.shape.chunk_bytes, &content),
+                chunks: list.len() as u64,
+                digest: list::digest(disk.size_bytes, &list),
+            };
+            let lengths = list::encode_lengths(&list);
+            files.push(TreeFile {
+                name: known.lengths_file(),
+                size_bytes: lengths.len() as u64,
+                content: run.store_file(&lengths, full)?,
             });
-            let name = manifest::raw_file_name(&disk.name);
-            files.push(TreeFile { name, size_bytes: disk.size_bytes, content });
+            files.push(TreeFile {
+                name: known.raw_file(),
+                size_bytes: disk.size_bytes,
+                content: list.into_iter().map(|chunk| chunk.id).collect(),
+            });
+            disks.push(known);
         }
         let manifest = manifest_of(meta, made_at, disks.clone());
         let manifest_json = serde_json::to_vec_pretty(&manifest).map_err(encode)?;
         let definition_json = serde_json::to_vec_pretty(&meta.definition).map_err(encode)?;
         for (name, json) in [(MANIFEST_FILE, manifest_json), (DEFINITION_FILE, definition_json)] {
-            let content = vec![run.store_file(&json, full)?];
+            let content = run.store_file(&json, full)?;
             files.push(TreeFile { name: name.into(), size_bytes: json.len() as u64, content });
         }
         let mut blob = TreeBlob::new(self.store.cipher().clone())
@@ -223,7 +234,7 @@ impl Repository {
                 format!("number:{}", backup.point.number),
                 consistency.into(),
             ],
-            paths: backup.disks.iter().map(|disk| format!("/{}", disk.file_name())).collect(),
+            paths: backup.disks.iter().map(|disk| format!("/{}", disk.raw_file())).collect(),
             parent: backup.parent.map(|parent| parent.0),
             description: Some(description),
         };

@@ -56,6 +56,12 @@ impl<'a> Packer<'a> {
         self.store.cipher()
     }
 
+    /// Whether the repository has this chunk not, nor anybody of this run.
+    pub(crate) fn lacks(&self, id: &Id) -> bool {
+        let known = self.index.read().unwrap_or_else(PoisonError::into_inner).has_data(id);
+        !known && !locked(&self.fresh).contains(id)
+    }
+
     /// Whether the caller must store this chunk: the repository has it not, and nobody else of this run is
     /// at it. Another run may be; then it is stored twice, which harms nothing.
     pub(crate) fn claim(&self, id: &Id) -> bool {

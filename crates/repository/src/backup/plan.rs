@@ -1,5 +1,6 @@
-//! Which chunks of a disk a backup has to look at, and what the others are.
+//! What of a disk a backup has to read, and what it takes over from its parent.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -7,45 +8,73 @@ use std::sync::{Mutex, PoisonError};
 use model::LogNumber;
 
 use crate::Repository;
+use crate::cutter::Cutter;
 use crate::error::Error;
-use crate::id::Id;
 use crate::info::BackupInfo;
-use crate::manifest::{self, BackupDisk};
-use crate::shape::{Shape, index_of};
+use crate::list::{BLOCK_BYTES, Chunk, index_of};
 use crate::source::{Source, SourceDisk};
-use crate::tree::TreeFile;
+use crate::zeros::{ZERO_RUN_BYTES, zero_chunks};
+
+/// A part of a disk; parts follow one another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// These chunks of the parent.
+    Keep(Range<usize>),
+    /// These bytes, to be read and cut anew.
+    Read(Range<u64>),
+}
 
 /// What to do for one disk.
 pub(crate) struct DiskPlan {
-    pub(crate) shape: Shape,
-    /// Whether a parent's list was taken over.
+    pub(crate) cutter: Cutter,
+    /// Whether a parent's list is taken over.
     pub(crate) incremental: bool,
-    /// Runs of chunks to look at, in order and disjoint.
-    pub(crate) dirty: Vec<Range<u64>>,
-    /// Each chunk's hash: the parent's or that of zeros, until a worker knows better.
-    ids: Mutex<Vec<Id>>,
+    parent: Vec<Chunk>,
+    parts: Vec<Part>,
+    /// What the parts that were read have become: chunks, by the place of the first.
+    made: Mutex<BTreeMap<u64, Vec<Chunk>>>,
 }
 
 impl DiskPlan {
-    pub(crate) fn dirty_bytes(&self) -> u64 {
-        self.dirty.iter().map(|run| self.shape.bytes_of(run)).map(|bytes| bytes.end - bytes.start).sum()
+    fn new(size_bytes: u64, incremental: bool, parent: Vec<Chunk>, parts: Vec<Part>) -> Self {
+        let cutter = Cutter::for_disk(size_bytes);
+        Self { cutter, incremental, parent, parts, made: Mutex::default() }
     }
 
-    /// Notes the hashes of chunks from `first`.
-    pub(crate) fn set_ids(&self, first: u64, new: &[Id]) {
-        let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = index_of(first);
-        ids[first..first + new.len()].copy_from_slice(new);
+    fn everything(disk: &SourceDisk) -> Self {
+        let all = 0..disk.size_bytes;
+        let parts = if all.is_empty() { Vec::new() } else { vec![Part::Read(all)] };
+        Self::new(disk.size_bytes, false, Vec::new(), parts)
     }
 
-    /// Whether any chunk has this hash.
-    pub(crate) fn uses(&self, id: &Id) -> bool {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
+    /// What is to be read.
+    fn to_read(&self) -> impl Iterator<Item = &Range<u64>> {
+        self.parts.iter().filter_map(|part| match part {
+            Part::Read(bytes) => Some(bytes),
+            Part::Keep(_) => None,
+        })
     }
 
-    /// The list, once it is complete.
-    pub(crate) fn take_ids(&self) -> Vec<Id> {
-        std::mem::take(&mut *self.ids.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(crate) fn bytes_to_read(&self) -> u64 {
+        self.to_read().map(|bytes| bytes.end - bytes.start).sum()
+    }
+
+    /// Notes what a stretch from `offset` has become.
+    pub(crate) fn note(&self, offset: u64, chunks: Vec<Chunk>) {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(offset, chunks);
+    }
+
+    /// The list, once everything is read.
+    pub(crate) fn finished_list(&self) -> Vec<Chunk> {
+        let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut list = Vec::new();
+        for part in &self.parts {
+            match part {
+                Part::Keep(chunks) => list.extend_from_slice(&self.parent[chunks.clone()]),
+                Part::Read(bytes) => list.extend(made.range(bytes.clone()).flat_map(|(_, chunks)| chunks)),
+            }
+        }
+        list
     }
 }
 
@@ -56,23 +85,20 @@ impl Repository {
         source: &dyn Source,
         parent: Option<&BackupInfo>,
     ) -> Result<Vec<DiskPlan>, Error> {
-        let mut files = match parent.map(|parent| self.read_tree(&parent.tree)) {
-            Some(Ok(files)) => files,
-            Some(Err(why)) => {
-                tracing::warn!(why, "the parent backup is damaged; everything is read");
-                Vec::new()
-            }
-            None => Vec::new(),
-        };
+        let useless = |why: &str| tracing::warn!(why, "the parent backup is damaged; everything is read");
+        let files =
+            parent.and_then(|parent| self.read_tree(&parent.tree).inspect_err(|why| useless(why)).ok());
+        let mut files = files.unwrap_or_default();
         let mut plans = Vec::new();
         for (number, disk) in source.disks().iter().enumerate() {
             let old = parent.and_then(|parent| {
                 let known = parent.disks.iter().find(|known| known.name == disk.name)?;
-                Some((parent.point.number, known, take_list(&mut files, known)?))
+                let list = self.disk_list(&mut files, known).inspect_err(|why| useless(why)).ok()?;
+                Some((parent.point.number, known.size_bytes, list))
             });
             plans.push(match old {
-                Some((since, known, list)) => self.plan_changes(source, number, disk, since, known, list)?,
-                None => plan_all(disk),
+                Some((since, size, list)) => self.plan_changes(source, number, since, size, list)?,
+                None => DiskPlan::everything(disk),
             });
         }
         Ok(plans)
@@ -82,56 +108,33 @@ impl Repository {
         &self,
         source: &dyn Source,
         number: usize,
-        disk: &SourceDisk,
         since: LogNumber,
-        known: &BackupDisk,
-        list: Vec<Id>,
+        old_size: u64,
+        list: Vec<Chunk>,
     ) -> Result<DiskPlan, Error> {
+        let disk = &source.disks()[number];
         let failed = |source| Error::Source { disk: disk.name.clone(), offset: 0, source };
-        if !manifest::chunk_bytes_still_serve(known.chunk_bytes, disk.size_bytes) {
-            return Ok(plan_all(disk));
-        }
-        let Some(changed) = source.changed_since(number, since).map_err(failed)? else {
-            return Ok(plan_all(disk));
+        let Some(mut changed) = source.changed_since(number, since).map_err(failed)? else {
+            return Ok(DiskPlan::everything(disk));
         };
-        let shape = Shape::new(disk.size_bytes, known.chunk_bytes);
-        let chunk_bytes = u64::from(known.chunk_bytes);
-        let touched = changed
-            .into_iter()
-            .map(|range| range.start..range.end.min(disk.size_bytes))
-            .filter(|range| range.start < range.end)
-            .map(|range| range.start / chunk_bytes..range.end.div_ceil(chunk_bytes));
-        // Where the size has changed, so has every chunk that was not whole before or is not now.
-        let resized = (known.size_bytes != disk.size_bytes)
-            .then(|| known.size_bytes.min(disk.size_bytes) / chunk_bytes..shape.chunk_count());
-        let mut dirty: Vec<_> = touched.chain(resized).collect();
-        dirty.extend(self.lost_chunks(&shape, &list));
-        dirty.sort_unstable_by_key(|run| run.start);
-        let dirty = joined(dirty);
-        let mut ids = list;
-        ids.resize(index_of(shape.chunk_count()), shape.zeros);
-        for chunk in dirty.iter().cloned().flatten() {
-            ids[index_of(chunk)] = shape.zero_id(chunk);
+        // Where the size has changed, so has everything from the smaller one on, with its last block if that
+        // was not whole.
+        if old_size != disk.size_bytes {
+            let whole = old_size.min(disk.size_bytes) / BLOCK_BYTES * BLOCK_BYTES;
+            changed.push(whole..disk.size_bytes.max(old_size));
         }
-        Ok(DiskPlan { shape, incremental: true, dirty, ids: Mutex::new(ids) })
+        changed.sort_unstable_by_key(|range| range.start);
+        let lost = self.lost_chunks(&list);
+        let parts = parts_of(&list, &changed, &lost, disk.size_bytes);
+        Ok(DiskPlan::new(disk.size_bytes, true, list, parts))
     }
 
-    /// Chunks of the parent that the repository no longer has: they are read again.
-    fn lost_chunks(&self, shape: &Shape, list: &[Id]) -> Vec<Range<u64>> {
+    /// Chunks of the parent that the repository no longer has, by their places: they are read again. Those of
+    /// zeros are seen to at the end.
+    fn lost_chunks(&self, list: &[Chunk]) -> Vec<usize> {
         let index = self.index();
-        let mut last = shape.zeros;
-        let mut lost = Vec::new();
-        for (chunk, id) in (0..shape.chunk_count()).zip(list) {
-            // Chunks of zeros are seen to at the end, and neighbours are often the same.
-            if *id == last || *id == shape.zero_id(chunk) {
-                continue;
-            }
-            if index.has_data(id) {
-                last = *id;
-            } else {
-                lost.push(chunk..chunk + 1);
-            }
-        }
+        let is_lost = |chunk: &Chunk| !chunk.is_zero() && !index.has_data(&chunk.id);
+        let lost: Vec<_> = (0..list.len()).filter(|place| is_lost(&list[*place])).collect();
         if !lost.is_empty() {
             tracing::warn!(chunks = lost.len(), "chunks of the parent backup are lost; they are read again");
         }
@@ -139,73 +142,75 @@ impl Repository {
     }
 }
 
-/// A parent's list for a disk, if it is whole: as long as its size says, with the digest that it had.
-fn take_list(files: &mut [TreeFile], known: &BackupDisk) -> Option<Vec<Id>> {
-    let file = files.iter_mut().find(|file| file.name == known.file_name())?;
-    let list = std::mem::take(&mut file.content);
-    let whole = list.len() as u64 == known.chunk_count()
-        && manifest::digest(known.size_bytes, known.chunk_bytes, &list) == known.digest;
-    if !whole {
-        tracing::warn!(disk = %known.name, "the parent's list does not have its digest; everything is read");
-    }
-    whole.then_some(list)
-}
-
-fn plan_all(disk: &SourceDisk) -> DiskPlan {
-    let shape = Shape::new(disk.size_bytes, manifest::chunk_bytes_for(disk.size_bytes));
-    let all = 0..shape.chunk_count();
-    let mut ids = vec![shape.zeros; index_of(all.end)];
-    if let Some(last) = ids.last_mut() {
-        *last = shape.zero_id(all.end - 1);
-    }
-    let dirty = if all.is_empty() { Vec::new() } else { vec![all] };
-    DiskPlan { shape, incremental: false, dirty, ids: Mutex::new(ids) }
-}
-
-/// Sorted runs, joined where they touch.
-fn joined(runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut joined: Vec<Range<u64>> = Vec::with_capacity(runs.len());
-    for run in runs.into_iter().filter(|run| run.start < run.end) {
-        match joined.last_mut() {
-            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
-            _ => joined.push(run),
+/// A disk of `size_bytes` as parts: chunks that a change touches or that are lost are read, and so is what is
+/// past the end of the parent; `changed` and `lost` are in order.
+fn parts_of(list: &[Chunk], changed: &[Range<u64>], lost: &[usize], size_bytes: u64) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut changed = changed.iter().filter(|range| range.start < range.end).peekable();
+    let mut lost = lost.iter().copied().peekable();
+    let mut offset = 0;
+    // Changes may overlap: the furthest end of those that begin before the chunk's.
+    let mut changed_to = 0;
+    for (place, chunk) in list.iter().enumerate() {
+        let end = offset + chunk.bytes();
+        while let Some(range) = changed.next_if(|range| range.start < end) {
+            changed_to = changed_to.max(range.end);
         }
+        let is_lost = lost.next_if_eq(&place).is_some();
+        if changed_to > offset || is_lost || end > size_bytes {
+            add_read(&mut parts, offset..end.min(size_bytes));
+        } else {
+            match parts.last_mut() {
+                Some(Part::Keep(kept)) => kept.end = place + 1,
+                _ => parts.push(Part::Keep(place..place + 1)),
+            }
+        }
+        offset = end;
     }
-    joined
+    add_read(&mut parts, offset..size_bytes);
+    parts
 }
 
-/// Chunks for one worker to do at a time, with the stretches of them that have data.
+fn add_read(parts: &mut Vec<Part>, bytes: Range<u64>) {
+    if bytes.start >= bytes.end {
+        return;
+    }
+    match parts.last_mut() {
+        Some(Part::Read(last)) => last.end = bytes.end,
+        _ => parts.push(Part::Read(bytes)),
+    }
+}
+
+/// A stretch of a disk for one worker to do, with what of it has data.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Work {
     pub(crate) disk: usize,
-    pub(crate) chunks: Range<u64>,
+    pub(crate) bytes: Range<u64>,
     pub(crate) data: Vec<Range<u64>>,
 }
 
-/// At most this many bytes of disk are one piece of work, and at least a chunk.
-const WORK_BYTES: u64 = 2 << 20;
+/// A stretch for one worker is at most so long. Its end is a cut, whatever is there, so it should be long; and
+/// short, so that all cores have work to the end.
+const WORK_BYTES: u64 = 32 << 20;
 /// How much of a disk the source is asked about at a time.
 const WINDOW_BYTES: u64 = 1 << 30;
 
-/// Cuts a disk's dirty chunks into work, leaving out what has no data. `send` gets each piece, or the number of
-/// bytes that were left out; it ends the planning by returning false.
-pub(crate) fn cut(
+/// Cuts what is to be read of a disk into work, and notes what has no data. `send` ends the planning by
+/// returning false; it also gets the number of bytes that were left out.
+pub(crate) fn hand_out(
     source: &dyn Source,
     disk: usize,
     plan: &DiskPlan,
     send: &mut dyn FnMut(Option<Work>, u64) -> bool,
 ) -> io::Result<()> {
-    let chunk_bytes = u64::from(plan.shape.chunk_bytes);
-    let window_chunks = (WINDOW_BYTES / chunk_bytes).max(1);
-    for run in &plan.dirty {
-        let mut start = run.start;
-        while start < run.end {
-            let chunks = start..run.end.min(start + window_chunks);
-            start = chunks.end;
-            let bytes = plan.shape.bytes_of(&chunks);
-            let extents = source.data_extents(disk, bytes.clone())?;
-            check_extents(&extents, &bytes)?;
-            if !cut_window(disk, plan, chunks, &extents, send) {
+    for bytes in plan.to_read() {
+        let mut start = bytes.start;
+        while start < bytes.end {
+            let window = start..bytes.end.min(start + WINDOW_BYTES);
+            start = window.end;
+            let extents = source.data_extents(disk, window.clone())?;
+            check_extents(&extents, &window)?;
+            if !hand_out_window(disk, plan, &window, &extents, send) {
                 return Ok(());
             }
         }
@@ -217,7 +222,9 @@ fn check_extents(extents: &[Range<u64>], within: &Range<u64>) -> io::Result<()> 
     let mut end = within.start;
     for extent in extents {
         if extent.start < end || extent.end < extent.start || extent.end > within.end {
-            let what = format!("the source named the stretches {extents:?} within {within:?}: not in order");
+            let what = format!(
+                "the source named the stretch {extent:?}, which is out of order or not within {within:?}"
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         end = extent.end;
@@ -225,45 +232,106 @@ fn check_extents(extents: &[Range<u64>], within: &Range<u64>) -> io::Result<()> 
     Ok(())
 }
 
-fn cut_window(
+fn hand_out_window(
     disk: usize,
     plan: &DiskPlan,
-    window: Range<u64>,
+    window: &Range<u64>,
     extents: &[Range<u64>],
     send: &mut dyn FnMut(Option<Work>, u64) -> bool,
 ) -> bool {
-    let chunk_bytes = u64::from(plan.shape.chunk_bytes);
-    let touched = extents
-        .iter()
-        .filter(|extent| extent.start < extent.end)
-        .map(|extent| extent.start / chunk_bytes..extent.end.div_ceil(chunk_bytes));
     let mut done = window.start;
-    let mut first_extent = 0;
-    for run in joined(touched.collect()) {
-        let skipped = plan.shape.bytes_of(&(done..run.start));
-        if !send(None, skipped.end - skipped.start) {
+    let mut rest = extents;
+    for stretch in stretches(extents, window) {
+        if !leave_out(plan, done..stretch.start, send) {
             return false;
         }
-        let mut start = run.start;
-        while start < run.end {
-            let chunks = start..run.end.min(start + (WORK_BYTES / chunk_bytes).max(1));
-            start = chunks.end;
-            let bytes = plan.shape.bytes_of(&chunks);
-            while extents.get(first_extent).is_some_and(|extent| extent.end <= bytes.start) {
-                first_extent += 1;
-            }
-            let data = extents[first_extent..]
+        let mut start = stretch.start;
+        while start < stretch.end {
+            let bytes = start..stretch.end.min(start + WORK_BYTES);
+            start = bytes.end;
+            let passed = rest.iter().take_while(|extent| extent.end <= bytes.start).count();
+            rest = &rest[passed..];
+            let data = rest
                 .iter()
                 .take_while(|extent| extent.start < bytes.end)
                 .map(|extent| extent.start.max(bytes.start)..extent.end.min(bytes.end))
                 .filter(|extent| extent.start < extent.end)
                 .collect();
-            if !send(Some(Work { disk, chunks, data }), 0) {
+            if !send(Some(Work { disk, bytes, data }), 0) {
                 return false;
             }
         }
-        done = run.end;
+        done = stretch.end;
     }
-    let skipped = plan.shape.bytes_of(&(done..window.end));
-    send(None, skipped.end - skipped.start)
+    leave_out(plan, done..window.end, send)
+}
+
+fn leave_out(plan: &DiskPlan, bytes: Range<u64>, send: &mut dyn FnMut(Option<Work>, u64) -> bool) -> bool {
+    if bytes.start >= bytes.end {
+        return true;
+    }
+    plan.note(bytes.start, zero_chunks(bytes.end - bytes.start).collect());
+    send(None, bytes.end - bytes.start)
+}
+
+/// Extents as whole blocks, joined where the gap between them is no stretch of zeros of its own.
+fn stretches(extents: &[Range<u64>], window: &Range<u64>) -> Vec<Range<u64>> {
+    let mut stretches: Vec<Range<u64>> = Vec::new();
+    for extent in extents.iter().filter(|extent| extent.start < extent.end) {
+        let start = (extent.start / BLOCK_BYTES * BLOCK_BYTES).max(window.start);
+        let end = extent.end.next_multiple_of(BLOCK_BYTES).min(window.end);
+        match stretches.last_mut() {
+            Some(last) if start < last.end + ZERO_RUN_BYTES => last.end = last.end.max(end),
+            _ => stretches.push(start..end),
+        }
+    }
+    stretches
+}
+
+/// The part of `extent` that is within `bytes`, as places from the start of `bytes`; none if there is none.
+pub(crate) fn within(extent: &Range<u64>, bytes: &Range<u64>) -> Option<Range<usize>> {
+    let (start, end) = (extent.start.max(bytes.start), extent.end.min(bytes.end));
+    (start < end).then(|| index_of(start - bytes.start)..index_of(end - bytes.start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Id;
+
+    const B: u64 = BLOCK_BYTES;
+
+    fn list(lengths: &[u64]) -> Vec<Chunk> {
+        let chunk = |(place, blocks): (usize, &u64)| {
+            Chunk::data(Id::of(&place.to_le_bytes()), u32::try_from(blocks * B).unwrap())
+        };
+        lengths.iter().enumerate().map(chunk).collect()
+    }
+
+    #[test]
+    fn only_what_is_touched_lost_or_new_is_read() {
+        use Part::{Keep, Read};
+        let chunks = list(&[2, 1, 3, 4]);
+        let size = 10 * B;
+        let parts = |changed: &[Range<u64>], lost: &[usize], size| parts_of(&chunks, changed, lost, size);
+        assert_eq!(parts(&[], &[], size), [Keep(0..4)]);
+        assert_eq!(parts(&[2 * B..2 * B + 1], &[], size), [Keep(0..1), Read(2 * B..3 * B), Keep(2..4)]);
+        assert_eq!(parts(&[2 * B - 1..3 * B + 1], &[], size), [Read(0..6 * B), Keep(3..4)]);
+        assert_eq!(parts(&[0..9 * B, B..2 * B], &[], size), [Read(0..size)]);
+        assert_eq!(parts(&[5..5, 2 * B..2 * B], &[3], size), [Keep(0..3), Read(6 * B..size)]);
+        assert_eq!(parts(&[], &[], size + 5), [Keep(0..4), Read(size..size + 5)]);
+        assert_eq!(parts(&[], &[], 5 * B), [Keep(0..2), Read(3 * B..5 * B)]);
+        assert_eq!(parts(&[], &[], 0), []);
+        assert_eq!(parts_of(&[], &[], &[], 7), [Read(0..7)]);
+    }
+
+    #[test]
+    fn stretches_are_blocks_and_small_gaps_belong_to_them() {
+        let window = 0..100 * B;
+        let near = [B + 5..B + 6, 3 * B..4 * B];
+        assert_eq!(stretches(&near, &window), [B..4 * B]);
+        let far = [0..B, 17 * B..18 * B, 99 * B..100 * B];
+        assert_eq!(stretches(&far, &window), [0..B, 17 * B..18 * B, 99 * B..100 * B]);
+        assert_eq!(stretches(&[7..7], &window), []);
+    }
 }

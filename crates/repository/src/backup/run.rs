@@ -1,6 +1,7 @@
 //! One run: the threads, and what they share.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,18 +10,22 @@ use std::time::Duration;
 
 use super::Progress;
 use super::packer::Packer;
-use super::plan::{DiskPlan, Work, cut};
+use super::plan::{DiskPlan, Work, hand_out, within};
+use crate::cutter::Cut;
 use crate::error::Error;
 use crate::id::Id;
+use crate::list::{CHUNK_BYTES_MAX, Chunk, index_of};
 use crate::pack::{PackBuilder, Sealer};
-use crate::shape::{index_of, is_zero};
 use crate::source::Source;
+use crate::zeros::zero_chunks;
 
 /// zstd's level for chunks. Measured (`examples/backup_speed.rs`): the fastest whose repository is no larger
 /// than restic's.
 const LEVEL: i32 = 3;
 /// Packs are written by this many threads: while one waits for the disk, the other hashes.
 const WRITERS: usize = 2;
+/// So much is read at a time, and more while a chunk may be longer than what is there.
+const READ_BYTES: usize = 1 << 20;
 /// How often progress is told and a cancellation noticed.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -48,6 +53,13 @@ pub(crate) struct Counts {
     pub(crate) chunks_added: u64,
 }
 
+/// What a worker has of its own.
+struct Tools {
+    sealer: Sealer,
+    /// Bytes that are read and not cut yet.
+    window: Vec<u8>,
+}
+
 /// What takes full packs.
 type Full<'a> = &'a mut dyn FnMut(PackBuilder) -> Result<(), Error>;
 
@@ -70,7 +82,7 @@ impl<'a> Run<'a> {
             read_bytes: AtomicU64::new(0),
             chunks_read: AtomicU64::new(0),
             chunks_added: AtomicU64::new(0),
-            total_bytes: plans.iter().map(DiskPlan::dirty_bytes).sum(),
+            total_bytes: plans.iter().map(DiskPlan::bytes_to_read).sum(),
         })
     }
 
@@ -184,7 +196,8 @@ impl<'a> Run<'a> {
                 self.done_bytes.fetch_add(skipped, Ordering::Relaxed);
                 piece.is_none_or(|piece| work.send(piece).is_ok()) && !self.stopped()
             };
-            cut(self.source, disk, plan, &mut send).map_err(|source| self.unreadable(disk, 0, source))?;
+            hand_out(self.source, disk, plan, &mut send)
+                .map_err(|source| self.unreadable(disk, 0, source))?;
         }
         Ok(())
     }
@@ -194,65 +207,78 @@ impl<'a> Run<'a> {
         &self,
         to_do: &Mutex<Receiver<Work>>,
         full: &SyncSender<PackBuilder>,
-        mut sealer: Sealer,
+        sealer: Sealer,
     ) -> Result<(), Error> {
-        let mut buffer = Vec::new();
+        let mut tools = Tools { sealer, window: Vec::new() };
         let mut send = |pack| full.send(pack).map_err(|_| Error::Cancelled);
         while let Some(piece) = next(to_do) {
             if self.stopped() {
                 continue;
             }
-            if let Err(error) = self.work_on(&piece, &mut buffer, &mut sealer, &mut send) {
+            if let Err(error) = self.work_on(&piece, &mut tools, &mut send) {
                 self.fail(error);
             }
         }
         Ok(())
     }
 
-    fn work_on(
-        &self,
-        piece: &Work,
-        buffer: &mut Vec<u8>,
-        sealer: &mut Sealer,
-        full: Full<'_>,
-    ) -> Result<(), Error> {
-        let plan = &self.plans[piece.disk];
-        let mut ids = Vec::with_capacity(16);
-        for chunk in piece.chunks.clone() {
-            let bytes = plan.shape.bytes_of(&(chunk..chunk + 1));
-            self.read(piece, bytes.start, bytes.end, buffer)?;
-            let id = if is_zero(buffer) {
-                plan.shape.zero_id(chunk)
-            } else {
-                self.store_chunk(buffer, sealer, full)?
-            };
-            ids.push(id);
-            self.done_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+    /// Reads a stretch piece by piece, cuts it, and stores what is new.
+    fn work_on(&self, work: &Work, tools: &mut Tools, full: Full<'_>) -> Result<(), Error> {
+        let plan = &self.plans[work.disk];
+        let mut chunks = Vec::new();
+        let mut zeros = 0;
+        let (mut start, mut filled, mut read_to) = (0, 0, work.bytes.start);
+        tools.window.resize(plan.cutter.longest() + READ_BYTES, 0);
+        loop {
+            if self.stopped() {
+                return Ok(());
+            }
+            let at_end = read_to == work.bytes.end;
+            match plan.cutter.first(&tools.window[start..filled], at_end) {
+                _ if start == filled && at_end => break,
+                Cut::Zeros(len) => {
+                    zeros += len as u64;
+                    start += len;
+                    self.done_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                }
+                Cut::Data(len) => {
+                    chunks.extend(zero_chunks(std::mem::take(&mut zeros)));
+                    let id = self.store_chunk(&tools.window[start..start + len], &mut tools.sealer, full)?;
+                    chunks.push(Chunk::data(id, u32::try_from(len).unwrap_or(u32::MAX)));
+                    start += len;
+                    self.chunks_read.fetch_add(1, Ordering::Relaxed);
+                    self.done_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                }
+                Cut::More => {
+                    tools.window.copy_within(start..filled, 0);
+                    (start, filled) = (0, filled - start);
+                    let room = (tools.window.len() - filled) as u64;
+                    let next = read_to..work.bytes.end.min(read_to + room);
+                    read_to = next.end;
+                    let end = filled + index_of(next.end - next.start);
+                    self.read(work, &next, &mut tools.window[filled..end])?;
+                    filled = end;
+                }
+            }
         }
-        self.chunks_read.fetch_add(ids.len() as u64, Ordering::Relaxed);
-        plan.set_ids(piece.chunks.start, &ids);
+        chunks.extend(zero_chunks(zeros));
+        plan.note(work.bytes.start, chunks);
         Ok(())
     }
 
-    /// Reads a chunk: its stretches with data from the source, the rest is zero.
-    fn read(&self, piece: &Work, start: u64, end: u64, buffer: &mut Vec<u8>) -> Result<(), Error> {
-        let place = |offset: u64| index_of(offset - start);
-        buffer.resize(place(end), 0);
-        let data = piece
-            .data
-            .iter()
-            .map(|extent| extent.start.max(start)..extent.end.min(end))
-            .filter(|extent| extent.start < extent.end);
-        let mut filled = start;
-        for extent in data {
-            buffer[place(filled)..place(extent.start)].fill(0);
+    /// Reads bytes of a stretch: what has data from the source, the rest is zero.
+    fn read(&self, work: &Work, bytes: &Range<u64>, buffer: &mut [u8]) -> Result<(), Error> {
+        let mut filled = 0;
+        for place in work.data.iter().filter_map(|extent| within(extent, bytes)) {
+            buffer[filled..place.start].fill(0);
+            let offset = bytes.start + place.start as u64;
             self.source
-                .read_at(piece.disk, extent.start, &mut buffer[place(extent.start)..place(extent.end)])
-                .map_err(|source| self.unreadable(piece.disk, extent.start, source))?;
-            self.read_bytes.fetch_add(extent.end - extent.start, Ordering::Relaxed);
-            filled = extent.end;
+                .read_at(work.disk, offset, &mut buffer[place.clone()])
+                .map_err(|source| self.unreadable(work.disk, offset, source))?;
+            self.read_bytes.fetch_add(place.len() as u64, Ordering::Relaxed);
+            filled = place.end;
         }
-        buffer[place(filled)..].fill(0);
+        buffer[filled..].fill(0);
         Ok(())
     }
 
@@ -273,22 +299,20 @@ impl<'a> Run<'a> {
         Ok(id)
     }
 
-    /// Stores a small file's bytes.
-    pub(crate) fn store_file(&self, raw: &[u8], full: Full<'_>) -> Result<Id, Error> {
+    /// Stores a small file's bytes, and gives its content.
+    pub(crate) fn store_file(&self, raw: &[u8], full: Full<'_>) -> Result<Vec<Id>, Error> {
         let mut sealer = self.sealer.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.store(raw, &mut sealer, full)?.0)
+        let blobs = raw.chunks(CHUNK_BYTES_MAX as usize);
+        blobs.map(|blob| Ok(self.store(blob, &mut sealer, full)?.0)).collect()
     }
 
     /// Chunks of zeros are nobody's work; each of them that is in use is stored once.
-    pub(crate) fn store_zeros(&self, full: Full<'_>) -> Result<(), Error> {
+    pub(crate) fn store_zeros(&self, list: &[Chunk], full: Full<'_>) -> Result<(), Error> {
         let mut sealer = self.sealer.lock().unwrap_or_else(PoisonError::into_inner);
-        for plan in self.plans {
-            let Some(last) = plan.shape.chunk_count().checked_sub(1) else { continue };
-            for chunk in [0, last] {
-                let bytes = plan.shape.bytes_of(&(chunk..chunk + 1));
-                if plan.uses(&plan.shape.zero_id(chunk)) {
-                    self.store_chunk(&vec![0; index_of(bytes.end - bytes.start)], &mut sealer, full)?;
-                }
+        let mut last = 0;
+        for chunk in list.iter().filter(|chunk| chunk.is_zero()) {
+            if chunk.bytes() != std::mem::replace(&mut last, chunk.bytes()) && self.packer.lacks(&chunk.id) {
+                self.store_chunk(&vec![0; index_of(chunk.bytes())], &mut sealer, full)?;
             }
         }
         Ok(())

@@ -9,7 +9,6 @@ mod qcow2;
 mod target;
 
 use std::fs;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -21,13 +20,11 @@ use serde::{Deserialize, Serialize};
 use crate::backup::Progress;
 use crate::direct::Aligned;
 use crate::error::{Error, ErrorKind};
-use crate::id::Id;
 use crate::info::BackupInfo;
+use crate::list::{self, Chunk, Stretch, index_of};
 use crate::lock::Lock;
-use crate::manifest::{self, BackupDisk};
+use crate::manifest::BackupDisk;
 use crate::parallel;
-use crate::shape::{Shape, index_of};
-use crate::tree::TreeFile;
 use crate::{Repository, reader};
 use target::Target;
 
@@ -116,13 +113,12 @@ pub struct RestoreReport {
 }
 
 /// So much is read and then written at a time: neighbours go to the file together.
-const RUN_BYTES: u64 = 4 << 20;
+const STRETCH_BYTES: u64 = 4 << 20;
 
 /// A disk on its way.
 struct Job {
     disk: BackupDisk,
-    shape: Shape,
-    ids: Vec<Id>,
+    list: Vec<Chunk>,
     partial: PathBuf,
     path: PathBuf,
 }
@@ -174,27 +170,6 @@ impl Repository {
         }
     }
 
-    /// A disk's list of chunks, checked against the manifest.
-    pub(crate) fn disk_list(files: &mut [TreeFile], disk: &BackupDisk) -> Result<Vec<Id>, String> {
-        let name = disk.file_name();
-        let file = files
-            .iter_mut()
-            .find(|file| file.name == name)
-            .ok_or_else(|| format!("it has no file {name}"))?;
-        let ids = std::mem::take(&mut file.content);
-        // Images are laid out in clusters of 64 KiB, and written in blocks of 4 KiB.
-        if !disk.chunk_bytes.is_power_of_two() || disk.chunk_bytes < 64 << 10 {
-            return Err(format!("disk {} has chunks of {} bytes", disk.name, disk.chunk_bytes));
-        }
-        if ids.len() as u64 != disk.chunk_count() {
-            return Err(format!("the list of chunks of disk {} has the wrong length", disk.name));
-        }
-        if manifest::digest(disk.size_bytes, disk.chunk_bytes, &ids) != disk.digest {
-            return Err(format!("the list of chunks of disk {} has not the manifest's digest", disk.name));
-        }
-        Ok(ids)
-    }
-
     fn restore_jobs(&self, backup: &BackupInfo, options: &RestoreOptions) -> Result<Vec<Job>, Error> {
         let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
         if let Some(unknown) = options.disks.as_ref().and_then(|wanted| {
@@ -218,11 +193,9 @@ impl Repository {
             if !options.overwrite && path.exists() {
                 return Err(Error::FileExists { path });
             }
-            let ids = Self::disk_list(&mut files, disk).map_err(damaged)?;
             jobs.push(Job {
-                shape: Shape::new(disk.size_bytes, disk.chunk_bytes),
                 disk: disk.clone(),
-                ids,
+                list: self.disk_list(&mut files, disk).map_err(damaged)?,
                 partial: with_suffix(&path, ".partial"),
                 path,
             });
@@ -277,53 +250,55 @@ impl Repository {
         cancel: &AtomicBool,
     ) -> Result<u64, Error> {
         let failed = |source| Error::io("cannot write", &job.partial, source);
-        let target = Target::create(&job.partial, options.format, &job.shape, &job.ids).map_err(failed)?;
+        let stretches = list::data_stretches(&job.list, STRETCH_BYTES);
+        let target =
+            Target::create(&job.partial, options.format, job.disk.size_bytes, &stretches).map_err(failed)?;
         let (done, written) = (AtomicU64::new(0), AtomicU64::new(0));
         let found = Mutex::new(Vec::new());
-        let work = |(tools, buffer): &mut (reader::Tools, Aligned), run: &Range<u64>| {
-            let bytes = job.shape.bytes_of(run);
+        let work = |(tools, buffer): &mut (reader::Tools, Aligned), stretch: &Stretch| {
+            let bytes = &stretch.bytes;
             let raw = buffer.room(index_of(bytes.end - bytes.start));
-            for damage in self.read_run(job, run, tools, raw) {
+            for damage in self.read_stretch(job, stretch, tools, raw) {
                 if !options.keep_going {
                     let DamagedRange { disk, offset, len, why } = damage;
                     return Err(Error::ChunkDamaged { backup: backup.id.short(), disk, offset, len, why });
                 }
                 found.lock().unwrap_or_else(PoisonError::into_inner).push(damage);
             }
-            let wrote = target.write_chunks(run.start, bytes.start, raw).map_err(failed)?;
+            let wrote = target.write(bytes.start, raw).map_err(failed)?;
             written.fetch_add(wrote, Ordering::Relaxed);
             done.fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
             Ok(())
         };
-        let runs = job.shape.data_runs(&job.ids, (RUN_BYTES / u64::from(job.shape.chunk_bytes)).max(1));
         let tools = (0..parallel::threads())
             .map(|_| Ok((reader::Tools::new(self.store.cipher())?, Aligned::default())))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(failed)?;
-        parallel::for_each(&runs, tools, &work, &|| progress(done.load(Ordering::Relaxed)), cancel)?;
+        parallel::for_each(&stretches, tools, &work, &|| progress(done.load(Ordering::Relaxed)), cancel)?;
         target.finish().map_err(failed)?;
         damaged.extend(joined(found.into_inner().unwrap_or_else(PoisonError::into_inner)));
         Ok(written.into_inner())
     }
 
     /// Reads neighbouring chunks into `raw`, with zeros in place of what is damaged, and says what is.
-    fn read_run(
+    fn read_stretch(
         &self,
         job: &Job,
-        run: &Range<u64>,
+        stretch: &Stretch,
         tools: &mut reader::Tools,
         raw: &mut [u8],
     ) -> Vec<DamagedRange> {
-        let start = job.shape.bytes_of(run).start;
-        let read = |chunk| {
-            let bytes = job.shape.bytes_of(&(chunk..chunk + 1));
-            let place = &mut raw[index_of(bytes.start - start)..index_of(bytes.end - start)];
-            let why = self.read_chunk(tools, &job.ids[index_of(chunk)], place).err()?;
-            place.fill(0);
-            let (disk, len) = (job.disk.name.clone(), bytes.end - bytes.start);
-            Some(DamagedRange { disk, offset: bytes.start, len, why })
-        };
-        run.clone().filter_map(read).collect()
+        let (mut offset, mut rest) = (stretch.bytes.start, raw);
+        let mut damaged = Vec::new();
+        for chunk in &job.list[stretch.chunks.clone()] {
+            let (place, more) = rest.split_at_mut(index_of(chunk.bytes()));
+            if let Err(why) = self.read_chunk(tools, &chunk.id, place) {
+                place.fill(0);
+                damaged.push(DamagedRange { disk: job.disk.name.clone(), offset, len: chunk.bytes(), why });
+            }
+            (offset, rest) = (offset + chunk.bytes(), more);
+        }
+        damaged
     }
 }
 

@@ -1,15 +1,15 @@
 //! qcow2 images, written in one pass.
 //!
-//! The backup's list says which chunks have data, so where everything goes is known before the first byte
-//! is written: header, level-1 table, reference counts, level-2 tables, and then the chunks one after the
-//! other. Chunks can then be written by several threads, as into a raw image.
+//! The backup's list says where there is data, so where everything goes is known before the first byte is
+//! written: header, level-1 table, reference counts, level-2 tables, and then the clusters with data one after
+//! the other. They can then be written by several threads, as into a raw image.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::id::Id;
-use crate::shape::Shape;
+use crate::list::{Stretch, index_of};
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: u64 = 1 << CLUSTER_BITS;
@@ -20,17 +20,15 @@ const REFCOUNTS: u64 = CLUSTER / 2;
 /// The cluster has no second user, so it may be written in place.
 const COPIED: u64 = 1 << 63;
 const HEADER_BYTES: u32 = 104;
-const NO_DATA: u64 = u64::MAX;
 
 /// Where everything is in the file.
 pub(crate) struct Layout {
     size_bytes: u64,
-    chunk_clusters: u64,
-    /// For each chunk, how many chunks with data are before it; `NO_DATA` if it has none.
-    rank: Vec<u64>,
+    /// The runs of clusters with data, in order.
+    runs: Vec<Run>,
     l1_entries: u64,
-    /// For each level-1 entry, the place of its level-2 table among those; `NO_DATA` if it has none.
-    l2_rank: Vec<u64>,
+    /// The level-1 entries that have a level-2 table, in order.
+    l2_tables: Vec<u64>,
     refcount_table: u64,
     refcount_table_clusters: u64,
     refcount_blocks: u64,
@@ -39,77 +37,70 @@ pub(crate) struct Layout {
     clusters: u64,
 }
 
+/// Neighbouring clusters of the disk that are neighbours in the file too.
+struct Run {
+    clusters: Range<u64>,
+    /// How many clusters with data are before it.
+    rank: u64,
+}
+
 impl Layout {
-    /// The layout for a disk. A chunk is a multiple of a cluster.
-    pub(crate) fn new(shape: &Shape, ids: &[Id]) -> Self {
-        let chunk_clusters = u64::from(shape.chunk_bytes).div_ceil(CLUSTER);
-        let chunks_per_l2 = L2_ENTRIES / chunk_clusters;
+    /// The layout for a disk of which these stretches have data.
+    pub(crate) fn new(size_bytes: u64, stretches: &[Stretch]) -> Self {
         // qcow2 counts in sectors; the last one is filled up with zeros.
-        let size_bytes = shape.size_bytes.div_ceil(512) * 512;
+        let size_bytes = size_bytes.next_multiple_of(512);
         let l1_entries = size_bytes.div_ceil(CLUSTER * L2_ENTRIES);
-        let mut data_chunks = 0;
-        let mut next = |has_data: bool| {
-            let rank = if has_data { data_chunks } else { NO_DATA };
-            data_chunks += u64::from(has_data);
-            rank
-        };
-        let rank: Vec<u64> = (0..).zip(ids).map(|(chunk, id)| next(*id != shape.zero_id(chunk))).collect();
-        let mut l2_tables = 0;
-        let l2_rank = (0..l1_entries)
-            .map(|l1| {
-                let chunks = (l1 * chunks_per_l2)..((l1 + 1) * chunks_per_l2).min(rank.len() as u64);
-                let used = chunks.into_iter().any(|chunk| rank_of(&rank, chunk) != NO_DATA);
-                l2_tables += u64::from(used);
-                if used { l2_tables - 1 } else { NO_DATA }
-            })
+        let runs = runs_of(stretches);
+        let data_clusters = runs.last().map_or(0, |last| last.rank + last.clusters.end - last.clusters.start);
+        let mut l2_tables: Vec<u64> = runs
+            .iter()
+            .flat_map(|run| run.clusters.start / L2_ENTRIES..=(run.clusters.end - 1) / L2_ENTRIES)
             .collect();
-        // The last chunk of a disk may be short; it is the last in the file too.
-        let last_has_data = rank.last().is_some_and(|rank| *rank != NO_DATA);
-        let unused = match size_bytes.div_ceil(CLUSTER) % chunk_clusters {
-            short if short > 0 && last_has_data => chunk_clusters - short,
-            _ => 0,
-        };
+        l2_tables.dedup();
         let l1_clusters = (l1_entries * 8).div_ceil(CLUSTER);
-        let fixed = 1 + l1_clusters + l2_tables + data_chunks * chunk_clusters - unused;
+        let l2_clusters = l2_tables.len() as u64;
+        let fixed = 1 + l1_clusters + l2_clusters + data_clusters;
         let (refcount_table_clusters, refcount_blocks) = refcounts_for(fixed);
         let refcount_table = 1 + l1_clusters;
         let first_l2 = refcount_table + refcount_table_clusters + refcount_blocks;
         Self {
             size_bytes,
-            chunk_clusters,
-            rank,
+            runs,
             l1_entries,
-            l2_rank,
+            l2_tables,
             refcount_table,
             refcount_table_clusters,
             refcount_blocks,
             first_l2,
-            first_data: first_l2 + l2_tables,
+            first_data: first_l2 + l2_clusters,
             clusters: fixed + refcount_table_clusters + refcount_blocks,
         }
     }
 
-    /// Where a chunk with data goes.
-    pub(crate) fn offset_of(&self, chunk: u64) -> u64 {
-        (self.first_data + rank_of(&self.rank, chunk) * self.chunk_clusters) * CLUSTER
+    /// Where a cluster with data is in the file, in clusters; none if it has none.
+    fn cluster_of(&self, cluster: u64) -> Option<u64> {
+        let run = self.runs.partition_point(|run| run.clusters.end <= cluster);
+        let run = self.runs.get(run).filter(|run| run.clusters.contains(&cluster))?;
+        Some(self.first_data + run.rank + cluster - run.clusters.start)
     }
 
-    /// Writes everything but the chunks, and gives the file its length.
+    /// Where bytes of a stretch with data go: the whole stretch, one after the other.
+    pub(crate) fn place_of(&self, offset: u64) -> u64 {
+        let cluster = self.cluster_of(offset / CLUSTER).expect("every stretch has its clusters");
+        cluster * CLUSTER + offset % CLUSTER
+    }
+
+    /// Writes everything but the data, and gives the file its length.
     pub(crate) fn write_metadata(&self, file: &File) -> io::Result<()> {
         file.set_len(self.clusters * CLUSTER)?;
         file.write_all_at(&self.header(), 0)?;
-        let l1 = self.l2_rank.iter().map(|rank| match *rank {
-            NO_DATA => 0,
-            rank => ((self.first_l2 + rank) * CLUSTER) | COPIED,
-        });
-        file.write_all_at(&big_endian(l1), CLUSTER)?;
-        self.write_refcounts(file)?;
-        for (l1, rank) in (0..).zip(&self.l2_rank) {
-            if *rank != NO_DATA {
-                file.write_all_at(&self.l2_table(l1), (self.first_l2 + rank) * CLUSTER)?;
-            }
+        let mut l1 = vec![0; usize::try_from(self.l1_entries).map_err(io::Error::other)?];
+        for (entry, place) in self.l2_tables.iter().zip(self.first_l2..) {
+            l1[index_of(*entry)] = (place * CLUSTER) | COPIED;
+            file.write_all_at(&self.l2_table(*entry), place * CLUSTER)?;
         }
-        Ok(())
+        file.write_all_at(&big_endian(l1.into_iter()), CLUSTER)?;
+        self.write_refcounts(file)
     }
 
     fn header(&self) -> Vec<u8> {
@@ -154,21 +145,27 @@ impl Layout {
     }
 
     fn l2_table(&self, l1: u64) -> Vec<u8> {
-        big_endian((l1 * L2_ENTRIES..(l1 + 1) * L2_ENTRIES).map(|cluster| {
-            match rank_of(&self.rank, cluster / self.chunk_clusters) {
-                NO_DATA => 0,
-                _ if cluster * CLUSTER >= self.size_bytes => 0,
-                _ => {
-                    let chunk = cluster / self.chunk_clusters;
-                    (self.offset_of(chunk) + cluster % self.chunk_clusters * CLUSTER) | COPIED
-                }
-            }
-        }))
+        let clusters = l1 * L2_ENTRIES..(l1 + 1) * L2_ENTRIES;
+        big_endian(
+            clusters.map(|cluster| self.cluster_of(cluster).map_or(0, |place| (place * CLUSTER) | COPIED)),
+        )
     }
 }
 
-fn rank_of(rank: &[u64], chunk: u64) -> u64 {
-    usize::try_from(chunk).ok().and_then(|chunk| rank.get(chunk)).copied().unwrap_or(NO_DATA)
+/// The clusters that stretches touch.
+fn runs_of(stretches: &[Stretch]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for stretch in stretches {
+        let clusters = stretch.bytes.start / CLUSTER..stretch.bytes.end.div_ceil(CLUSTER);
+        match runs.last_mut() {
+            Some(last) if clusters.start <= last.clusters.end => last.clusters.end = clusters.end,
+            last => {
+                let rank = last.map_or(0, |last| last.rank + last.clusters.end - last.clusters.start);
+                runs.push(Run { clusters, rank });
+            }
+        }
+    }
+    runs
 }
 
 fn big_endian(entries: impl Iterator<Item = u64>) -> Vec<u8> {

@@ -8,40 +8,44 @@ use std::process::Command;
 use super::{Format, qcow2, with_suffix};
 use crate::direct::DirectFile;
 use crate::error::Error;
-use crate::id::Id;
-use crate::shape::{Shape, is_zero};
+use crate::list::Stretch;
+use crate::zeros::is_zero;
 
-/// Within a chunk, stretches of zeros of this length are left out; shorter ones are not worth a fragment.
+/// Within data, stretches of zeros of this length are left out; shorter ones are not worth a fragment.
 const HOLE_BYTES: usize = 64 * 1024;
 
 /// A file being written, by several threads.
 pub(crate) struct Target {
     file: DirectFile,
-    /// Where each chunk goes, for qcow2; in a raw image it is its offset on the disk.
+    /// Where each cluster goes, for qcow2; in a raw image it is its offset on the disk.
     layout: Option<qcow2::Layout>,
 }
 
 impl Target {
     /// Makes the file, with the metadata of its format.
-    pub(crate) fn create(path: &Path, format: Format, shape: &Shape, ids: &[Id]) -> io::Result<Self> {
+    pub(crate) fn create(
+        path: &Path,
+        format: Format,
+        size_bytes: u64,
+        stretches: &[Stretch],
+    ) -> io::Result<Self> {
         let file = DirectFile::create(path)?;
         match format {
             Format::Raw | Format::Vhdx => {
-                file.file().set_len(shape.size_bytes)?;
+                file.file().set_len(size_bytes)?;
                 Ok(Self { file, layout: None })
             }
             Format::Qcow2 => {
-                let layout = qcow2::Layout::new(shape, ids);
+                let layout = qcow2::Layout::new(size_bytes, stretches);
                 layout.write_metadata(file.file())?;
                 Ok(Self { file, layout: Some(layout) })
             }
         }
     }
 
-    /// Writes neighbouring chunks with data, and says how many bytes that took. What is zero in them is left
-    /// out.
-    pub(crate) fn write_chunks(&self, first: u64, offset: u64, bytes: &[u8]) -> io::Result<u64> {
-        let start = self.layout.as_ref().map_or(offset, |layout| layout.offset_of(first));
+    /// Writes bytes of a stretch with data, and says how many that took: what is zero in them is left out.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<u64> {
+        let start = self.layout.as_ref().map_or(offset, |layout| layout.place_of(offset));
         let (mut place, mut written) = (0, 0);
         while place < bytes.len() {
             let full = bytes[place..].chunks(HOLE_BYTES).take_while(|piece| !is_zero(piece));
