@@ -119,8 +119,9 @@ fn a_disk_that_grows_is_resynchronized_and_backed_up_whole() {
     world.daemon.restart().unwrap();
     world.write(from, QUICK);
     world.branch.serve().unwrap();
+    let is_grown = |disk: &Value| disk["name"] == DISKS[0].0 && disk["size_bytes"] == json!(grown);
     let status = world.branch.wait_vm(VM, "the new size", LONG, |vm| {
-        vm["state"] == "replicating" && vm["disks"][0]["size_bytes"] == json!(grown)
+        vm["state"] == "replicating" && vm["disks"].as_array().is_some_and(|disks| disks.iter().any(is_grown))
     });
     status.unwrap();
     let backup = world.head.ok(&["backup", VM]).unwrap();
@@ -232,10 +233,13 @@ fn a_scratch_that_fills_up_gives_the_cycle_up_and_never_a_guest_write() {
     world.write(1, Duration::ZERO);
     // So slow that the moment stays fixed while the guest overwrites a lot.
     world.protect("1s", &["--bandwidth", "4M"]);
-    world.burst(64, 2);
-    let full =
-        world.branch.wait_vm(VM, "the scratch to fill up", LONG, |vm| vm["error"]["code"] == "scratch-full");
-    assert!(full.unwrap()["error"]["message"].as_str().unwrap().contains("scratch"));
+    let mut seeds = 2..;
+    let message = wait_for("the scratch to fill up", LONG, || {
+        world.burst(64, seeds.next().unwrap_or_default());
+        let error = world.branch.vm(VM)?["error"].clone();
+        Ok((error["code"] == "scratch-full").then(|| error["message"].to_string()))
+    });
+    assert!(message.unwrap().contains("scratch"));
     world.burst(8, 3); // every guest write went through, and goes through
     assert!(world.quiet() > 1);
 }

@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{BURST_AT, DISKS, LONG, MIB, VM, World, path};
-use rig::{Process, StorageDaemon, tool, wait_for};
+use rig::{Process, noise, tool, wait_for};
+use serde_json::Value;
 
 const QUICK: Duration = Duration::from_millis(3);
 
@@ -21,23 +22,32 @@ impl World {
         world
     }
 
-    /// Tries a backup again and again until it is refused by `condition`; no backup may come of that.
+    /// Whether a backup is refused by `condition` just now; no backup may come of that.
+    fn is_refused_by(&self, condition: &str, view: &str) -> bool {
+        let output = self.backup(&["--view", view, "--no-retry"]);
+        if output.condition() != Some(condition) {
+            assert!(matches!(output.status, 0 | 75), "{output:?}");
+            return false;
+        }
+        assert_eq!(self.backups(), self.backups_made.get(), "a refused backup leaves none");
+        assert_eq!(output.status, 75, "{output:?}");
+        let error = &output.json["error"];
+        assert!(error["retry_after_s"].is_u64() && error["transient"].is_boolean(), "{error}");
+        assert!(error["message"].as_str().is_some_and(|message| message.len() > 20), "{error}");
+        true
+    }
+
+    /// Tries a backup again and again until it is refused by `condition`.
     fn refused_by(&self, condition: &str, view: &str) {
-        let before = self.backups();
-        let what = format!("a {view} backup to be refused by {condition}");
-        wait_for(&what, LONG, || {
-            let output = self.backup(&["--view", view, "--no-retry"]);
-            if output.condition() != Some(condition) {
-                return Ok(None);
-            }
-            assert_eq!(output.status, 75, "{output:?}");
-            let error = &output.json["error"];
-            assert!(error["retry_after_s"].is_u64() && error["transient"].is_boolean(), "{error}");
-            assert!(error["message"].as_str().is_some_and(|message| message.len() > 20), "{error}");
-            Ok(Some(()))
+        wait_for(&format!("a {view} backup to be refused by {condition}"), LONG, || {
+            Ok(self.is_refused_by(condition, view).then_some(()))
         })
         .unwrap();
-        assert_eq!(self.backups(), before, "a refused backup leaves none");
+    }
+
+    /// Waits until the replica's status fits.
+    fn head_shows(&self, what: &str, fits: impl Fn(&Value) -> bool) {
+        self.head.wait_vm(VM, what, LONG, fits).unwrap();
     }
 
     /// The condition has cleared: a backup succeeds and is a moment of the VM.
@@ -58,6 +68,7 @@ fn initial_replication() {
     world.write(1, QUICK);
     world.burst(24, 1);
     world.protect("1s", &["--bandwidth", "6M"]);
+    world.head_shows("the VM", |vm| vm["state"] == "initial-replication");
     for view in ["pinned", "strict", "hold"] {
         world.refused_by("initial-replication", view);
     }
@@ -68,10 +79,11 @@ fn initial_replication() {
 #[test]
 fn apply_in_progress_refuses_a_hold_and_comes_home() {
     let world = World::replicated(12, "1s");
-    world.burst(512, 2);
-    world.refused_by("apply-in-progress", "hold");
-    world.burst(512, 3);
-    world.refused_by("apply-in-progress", "strict");
+    for (seed, view) in [(2, "hold"), (3, "strict")] {
+        world.burst(512, seed);
+        world.head_shows("an apply", |vm| vm["apply"] == "running");
+        world.refused_by("apply-in-progress", view);
+    }
     world.clears("hold");
     // With retries the same backup comes home by itself, and says by what it was refused.
     let mut collided = false;
@@ -79,8 +91,9 @@ fn apply_in_progress_refuses_a_hold_and_comes_home() {
         world.burst(512, seed);
         wait_for("an apply to run", LONG, || Ok((world.head.vm(VM)?["apply"] == "running").then_some(())))
             .unwrap();
-        let backup = world.head.ok(&["backup", VM, "--view", "hold"]).unwrap();
-        let attempts = backup["attempts"].as_array().unwrap();
+        let backup = world.backup(&["--view", "hold"]);
+        assert_eq!(backup.status, 0, "{backup:?}");
+        let attempts = backup.json["attempts"].as_array().unwrap();
         if attempts.iter().any(|attempt| attempt["refused"] == "apply-in-progress") {
             collided = true;
             break;
@@ -105,10 +118,13 @@ fn a_pinned_view_does_not_meet_the_apply() {
 #[test]
 fn apply_interrupted() {
     let mut world = World::replicated(14, "1s");
+    world.branch.ok(&["pause", VM]).unwrap();
     world.head.stop();
-    // The site kills itself in the middle of an apply, as a power cut would.
+    // The site kills itself in the middle of an apply, as a power cut would; of a large one, so that it takes
+    // a while to be run again.
     world.head.serve_with(&[("AFTERIMAGE_FAIL_AT", "replica::apply::written")]).unwrap();
     world.burst(512, 5);
+    world.branch.ok(&["resume", VM]).unwrap();
     wait_for("the site to die in an apply", LONG, || Ok((!world.head.is_running()).then_some(()))).unwrap();
     world.head.serve().unwrap();
     world.refused_by("apply-interrupted", "pinned");
@@ -159,8 +175,7 @@ fn resync_required_and_running() {
     let from = world.quiet();
     world.daemon.kill();
     let disk = std::fs::OpenOptions::new().write(true).open(world.daemon.disk(DISKS[1].0)).unwrap();
-    let noise: Vec<u8> = (0..24 * MIB).map(|n| (n * n >> 7) as u8 ^ (n as u8)).collect();
-    std::os::unix::fs::FileExt::write_all_at(&disk, &noise, BURST_AT).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&disk, &noise(9, 32 * MIB), BURST_AT).unwrap();
     world.daemon.restart().unwrap();
     world.write(from, QUICK);
     world.refused_by("resync", "pinned");
@@ -173,12 +188,22 @@ fn migration() {
     let world = World::replicated(18, "1s");
     world.burst(512, 6);
     world.branch.ok(&["sync", VM]).unwrap();
-    let storage = world.dir.path().join("elsewhere");
-    let mut command = world.head.command(&["migrate", VM, "--storage", path(&storage)]).unwrap();
-    let mut moving = Process::start(command.stdout(std::process::Stdio::null())).unwrap();
-    world.refused_by("migration", "pinned");
-    wait_for("the move to end", LONG, || Ok(moving.has_ended().then_some(()))).unwrap();
-    assert!(world.head.vm(VM).unwrap()["storage"].as_str().unwrap().starts_with(path(&storage)));
+    // Forth and back until a backup has met a move: it takes less than a second.
+    let folders = ["here", "there"].map(|name| world.dir.path().join(name));
+    let mut met = false;
+    for storage in folders.iter().cycle().take(20) {
+        let mut command = world.head.command(&["migrate", VM, "--storage", path(storage)]).unwrap();
+        let mut moving = Process::start(command.stdout(std::process::Stdio::null())).unwrap();
+        while !met && !moving.has_ended() {
+            met = world.is_refused_by("migration", "pinned");
+        }
+        wait_for("the move to end", LONG, || Ok(moving.has_ended().then_some(()))).unwrap();
+        assert!(world.head.vm(VM).unwrap()["storage"].as_str().unwrap().starts_with(path(storage)));
+        if met {
+            break;
+        }
+    }
+    assert!(met, "no backup met one of twenty moves");
     world.clears("pinned");
 }
 
@@ -207,5 +232,4 @@ fn a_vm_that_is_not_there_and_names_that_are_tricks() {
         let output = world.head.run(&["backup", "--", trick]).unwrap();
         assert_eq!((output.status, output.code()), (64, Some("usage")), "{trick:?}: {output:?}");
     }
-    let _: &StorageDaemon = &world.daemon;
 }

@@ -14,7 +14,7 @@ pub use daemon::StorageDaemon;
 pub use line::Line;
 pub use programs::{Process, need, this_program, tool, wait_for};
 pub use site::{Output, Site, free_address};
-pub use writer::{Writer, fill, state_of_exports, state_of_files};
+pub use writer::{Writer, fill, noise, state_of_exports, state_of_files};
 
 /// Why something could not be set up or did not do what it had to; the message says all.
 #[derive(thiserror::Error)]

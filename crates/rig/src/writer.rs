@@ -163,24 +163,30 @@ pub fn state_of_exports(script: &Script, begun: u64, uris: &[&str]) -> std::resu
     })
 }
 
-/// Fills a part of a daemon's disk with bytes that do not compress, as fast as it goes, and flushes them.
+/// Bytes that do not compress, the same for the same seed.
+#[must_use]
+pub fn noise(seed: u64, len: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = vec![0; usize::try_from(len).expect("noise fits in memory")];
+    for word in bytes.chunks_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        word.copy_from_slice(&state.to_le_bytes()[..word.len()]);
+    }
+    bytes
+}
+
+/// Fills a part of a daemon's disk with noise, as fast as it goes, and flushes it.
 pub fn fill(daemon: &StorageDaemon, name: &str, offset: u64, len: u64, seed: u64) -> Result<()> {
+    const STEP: u64 = 1 << 20;
     let runtime = runtime()?;
     let socket = daemon.nbd();
-    let failed = || doing::<nbd::Error>(format_args!("filling disk {name}").to_string());
+    let failed = || doing::<nbd::Error>(format!("filling disk {name}"));
     let disk = runtime.block_on(Client::connect(&socket, name, &[])).map_err(failed())?;
-    let (mut state, mut block) = (seed | 1, vec![0; 1 << 20]);
-    let mut at = offset;
-    while at < offset + len {
-        for word in block.chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
-        let count = (offset + len - at).min(block.len() as u64) as usize;
-        runtime.block_on(disk.write(at, &block[..count])).map_err(failed())?;
-        at += count as u64;
+    for (step, at) in (offset..offset + len).step_by(STEP as usize).enumerate() {
+        let bytes = noise(seed.wrapping_mul(0x9E37_79B9) + step as u64 * 2, STEP.min(offset + len - at));
+        runtime.block_on(disk.write(at, &bytes)).map_err(failed())?;
     }
     runtime.block_on(disk.flush()).map_err(failed())
 }

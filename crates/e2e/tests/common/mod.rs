@@ -1,6 +1,7 @@
 //! Two sites, a line between them, and a VM's disks under a writer.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,8 @@ pub const VM: &str = "web";
 
 /// Everything of one test; ends with it.
 pub struct World {
+    /// By [`World::backup`].
+    pub backups_made: Cell<usize>,
     pub writer: Option<Writer>,
     pub script: Arc<Script>,
     pub branch: Site,
@@ -62,7 +65,7 @@ impl World {
         head.serve().unwrap();
         branch.serve().unwrap();
         head.invite(&branch).unwrap();
-        Self { writer: None, script, branch, head, line, daemon, dir }
+        Self { backups_made: Cell::new(0), writer: None, script, branch, head, line, daemon, dir }
     }
 
     /// Starts to write, going on where an earlier writer stopped.
@@ -101,7 +104,9 @@ impl World {
 
     /// Backs the replica up.
     pub fn backup(&self, more: &[&str]) -> Output {
-        self.head.run(&[&["backup", VM], more].concat()).unwrap()
+        let output = self.head.run(&[&["backup", VM], more].concat()).unwrap();
+        self.backups_made.set(self.backups_made.get() + usize::from(output.status == 0));
+        output
     }
 
     /// Restores a backup to a new folder; the images in the disks' order.
