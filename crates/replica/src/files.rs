@@ -95,6 +95,15 @@ pub(crate) fn open_or_create(path: &Path) -> Result<File> {
     opened.map_err(Error::io("opening", path))
 }
 
+/// Opens a disk's file to read it: a reader must not need what only an apply needs, a file system that can be
+/// written. A disk that no apply has touched yet gets its empty file.
+pub(crate) fn open_to_read(path: &Path) -> Result<File> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => open_or_create(path),
+        opened => opened.map_err(Error::io("opening", path)),
+    }
+}
+
 pub(crate) fn open_read(path: &Path) -> Result<File> {
     File::open(path).map_err(Error::io("opening", path))
 }

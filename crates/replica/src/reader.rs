@@ -16,7 +16,7 @@ use model::{DiskName, LogNumber, VmId};
 use crate::cache::RecordCache;
 use crate::changemap;
 use crate::error::{Error, Result};
-use crate::files::{data_ranges, open_or_create, read_or_zeros};
+use crate::files::{data_ranges, open_to_read, read_or_zeros};
 use crate::rows::DiskSize;
 use crate::vm::{ChainLog, Indexed, OpenLog, State};
 
@@ -79,7 +79,7 @@ impl OpenFiles {
             let map = changemap::open_map(&map_path)?;
             Ok(BaseDisk {
                 name: name.clone(),
-                file: open_or_create(&path)?,
+                file: open_to_read(&path)?,
                 path,
                 map,
                 map_path,

@@ -232,12 +232,15 @@ fn whatever_happens_every_point_and_every_view_reads_as_the_primary_was() {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => (0..8).collect::<Vec<u64>>(),
     };
-    let mut sums = (0, 0, 0);
+    let (alone, mut sums) = (seeds.len() == 1, (0, 0, 0));
     for seed in seeds {
         println!("seed {seed} (AFTERIMAGE_SEED={seed} runs it alone)");
         let (applies, merges, incremental) = live(seed, 120);
         sums = (sums.0 + applies, sums.1 + merges, sums.2 + incremental);
     }
     println!("{} applies, {} merges, {} looks at changes since a parent", sums.0, sums.1, sums.2);
-    assert!(sums.0 > 10 && sums.1 > 2 && sums.2 > 20, "the histories have all of it in them: {sums:?}");
+    assert!(
+        alone || sums.0 > 10 && sums.1 > 2 && sums.2 > 20,
+        "the histories have all of it in them: {sums:?}"
+    );
 }
