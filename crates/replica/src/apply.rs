@@ -21,7 +21,7 @@ use model::{ApplyState, DiskName, LogNumber};
 
 use crate::changemap::ChangeMap;
 use crate::error::{Error, Result};
-use crate::files::{Folder, make_zero, open_or_create, remove_file, start_writeback, sync_folder};
+use crate::files::{Folder, forget_cached, make_zero, open_or_create, remove_file, start_writeback, sync_folder};
 use crate::maintain::Step;
 use crate::rows::{self, Applying, Base};
 use crate::step::durable_step;
@@ -373,6 +373,7 @@ impl Writer<'_> {
     fn flush(&mut self) -> Result<()> {
         if let Some((disk, offset)) = self.at.take() {
             let Target { file, path } = &self.targets[&disk];
+            forget_cached(file, offset, self.pending.len() as u64);
             file.write_all_at(&self.pending, offset).map_err(Error::io("writing", path))?;
             self.written += self.pending.len() as u64;
             if self.pending.len() >= EARLY_WRITEBACK_BYTES {
