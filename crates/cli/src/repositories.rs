@@ -108,7 +108,7 @@ fn table(backups: &[Value]) -> String {
             ]
         })
         .collect();
-    show::table(&["BACKUP", "VM", "AS IT WAS AT", "CONSISTENCY", "DISKS", "ADDED", "READ"], &rows)
+    show::table(&["BACKUP", "VM", "AS IT WAS AT", "CONSISTENCY", "DISKS", "ADDED", "KIND"], &rows)
 }
 
 /// The backup that a person means: `latest`, or the first digits of an id. It must be one of that VM.

@@ -121,7 +121,8 @@ fn with_each_log_applied_at_once_too() {
 #[test]
 #[ignore = "hundreds of points: make soak"]
 fn hundreds_of_points_without_an_exception() {
-    let minutes = std::env::var("AFTERIMAGE_SOAK_MINUTES").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let minutes =
+        std::env::var("AFTERIMAGE_SOAK_MINUTES").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
     let checked: usize = (0..minutes).map(|n| run(100 + n, if n % 2 == 0 { "24" } else { "0" }, 60)).sum();
     assert!(checked >= 300, "{checked}");
 }

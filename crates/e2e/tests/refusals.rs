@@ -80,7 +80,10 @@ fn a_log_that_does_not_belong_is_refused_noted_and_changes_nothing() {
     let other = VmId::from_bytes([3; 16]);
     let cases = [
         ("wrong-number", send(&client, vm, newest + 7, id, log(vm, newest + 7, id, last))),
-        ("wrong-predecessor", send(&client, vm, newest + 1, id, log(vm, newest + 1, id, LogId::from_bytes([1; 16])))),
+        (
+            "wrong-predecessor",
+            send(&client, vm, newest + 1, id, log(vm, newest + 1, id, LogId::from_bytes([1; 16]))),
+        ),
         ("wrong-vm", send(&client, vm, newest + 1, id, log(other, newest + 1, id, last))),
         ("log-truncated", send(&client, vm, newest + 1, id, good[..good.len() - 10].to_vec())),
         ("no-such-vm", send(&client, other, 1, id, log(other, 1, id, LogId::NONE))),
@@ -94,7 +97,8 @@ fn a_log_that_does_not_belong_is_refused_noted_and_changes_nothing() {
     let after = world.head.vm(VM).unwrap();
     assert_eq!(after["received"], before["received"], "none of them became a part of the chain");
     let events = world.head.ok(&["events", "--count", "100"]).unwrap();
-    let noted = |kind: &str| events["events"].as_array().unwrap().iter().any(|event: &Value| event["kind"] == kind);
+    let noted =
+        |kind: &str| events["events"].as_array().unwrap().iter().any(|event: &Value| event["kind"] == kind);
     for kind in ["wrong-number", "wrong-predecessor", "wrong-vm", "log-truncated", "no-such-vm", &damaged] {
         assert!(noted(kind), "no event {kind}: {events}");
     }

@@ -29,15 +29,20 @@ pub(crate) fn find(graph: &Graph) -> Vec<Disk> {
         let inserted = device.inserted.as_ref().filter(|inserted| !inserted.ro)?;
         Some((inserted.node_name.as_str(), device.device.as_str()))
     });
-    let mut found = take(graph, of_devices);
-    if found.is_empty() {
-        let exported = graph.exports.iter().map(|export| (export.node_name.as_str(), ""));
-        found = take(graph, exported.filter(|(node, _)| graph.is_written_from_outside(node)));
+    let found = take(graph, of_devices);
+    if !found.is_empty() {
+        return found;
     }
+    let mut found = {
+        let exported = graph.exports.iter().map(|export| (export.node_name.as_str(), ""));
+        take(graph, exported.filter(|(node, _)| graph.is_written_from_outside(node)))
+    };
     if found.is_empty() {
         let is_top = |node: &&Node| graph.is_root(&node.node_name) && !node.is_protocol();
         found = take(graph, graph.nodes.values().filter(is_top).map(|node| (node.node_name.as_str(), "")));
     }
+    // Devices come in the machine's order; exports and nodes in one that differs between QEMU's versions.
+    found.sort_by(|a, b| a.name.cmp(&b.name));
     found
 }
 

@@ -92,6 +92,16 @@ pub enum Error {
         /// Its version.
         found: String,
     },
+    /// QEMU has I/O threads and is of a version that would abort.
+    #[error(
+        "QEMU {found} has I/O threads ({threads}), and versions before 8.2 abort when a reader of a disk that an I/O thread serves goes away: run the VM without I/O threads, or with QEMU 8.2 or later"
+    )]
+    IoThreads {
+        /// Its version.
+        found: String,
+        /// Their ids.
+        threads: String,
+    },
     /// QEMU has an NBD server that is not ours; a process can have only one.
     #[error(
         "QEMU already has an NBD server (a process can have only one): give its unix socket with '--nbd SOCKET'"

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::{LogNumber, Tracking, VmId};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
@@ -22,6 +22,8 @@ use crate::sweep::{named_block_nodes, sweep};
 const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// How long one waits for a capture that is being taken down.
 const CAPTURE_END_TIME: Duration = Duration::from_secs(60);
+/// Since this version NBD clients of a disk in an I/O thread are let go in the main thread.
+const SAFE_WITH_IO_THREADS: Version = Version { major: 8, minor: 2, micro: 0 };
 /// The oldest QEMU that we drive.
 const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
 
@@ -70,6 +72,7 @@ impl Vm {
         if qmp.version() < OLDEST {
             return Err(Error::TooOld { found: qmp.version().to_string() });
         }
+        spare_io_threads(&qmp).await?;
         let names = Names::new(address.id);
         let nbd_socket = match &address.nbd {
             NbdAccess::Own(dir) => dir.join(names.socket_file()),
@@ -217,6 +220,28 @@ impl Vm {
         let nodes = read("query-named-block-nodes", next()?)?;
         Ok(Graph::new(nodes, devices, exports, edges))
     }
+}
+
+/// Refuses a QEMU that reading a fixed moment would kill, and the guest with it: with a disk in an I/O thread,
+/// its NBD server asserts that a client is let go in the main thread, and lets it go in the I/O thread
+/// (`nbd_blockdev_client_closed`, seen with Debian's 7.2.22).
+async fn spare_io_threads(qmp: &Qmp) -> Result<(), Error> {
+    if qmp.version() >= SAFE_WITH_IO_THREADS {
+        return Ok(());
+    }
+    // A storage daemon has no `query-iothreads`; its objects tell all the same. Without any there is no list.
+    let objects = match qmp.run(Command::new("qom-list", json!({"path": "/objects"}))).await {
+        Err(Error::Refused { .. }) => return Ok(()),
+        answer => answer?,
+    };
+    let objects = objects.as_array().map_or(&[][..], Vec::as_slice);
+    let threads = objects.iter().filter(|object| object["type"] == "child<iothread>");
+    let mut names: Vec<&str> = threads.filter_map(|thread| thread["name"].as_str()).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    names.sort_unstable();
+    Err(Error::IoThreads { found: qmp.version().to_string(), threads: names.join(", ") })
 }
 
 /// An answer, or nothing where this QEMU has no such command.

@@ -21,7 +21,9 @@ use model::{ApplyState, DiskName, LogNumber};
 
 use crate::changemap::ChangeMap;
 use crate::error::{Error, Result};
-use crate::files::{Folder, forget_cached, make_zero, open_or_create, remove_file, start_writeback, sync_folder};
+use crate::files::{
+    Folder, forget_cached, make_zero, open_or_create, remove_file, start_writeback, sync_folder,
+};
 use crate::maintain::Step;
 use crate::rows::{self, Applying, Base};
 use crate::step::durable_step;

@@ -196,7 +196,8 @@ const CACHED_TOGETHER_BYTES: u64 = 2 << 20;
 /// times too many were counted for scattered changes of 64 to 512 KiB, a hundred times for 4 KiB).
 pub(crate) fn forget_cached(file: &File, offset: u64, len: u64) {
     let start = offset - offset % CACHED_TOGETHER_BYTES;
-    let end = offset.saturating_add(len).div_ceil(CACHED_TOGETHER_BYTES).saturating_mul(CACHED_TOGETHER_BYTES);
+    let end =
+        offset.saturating_add(len).div_ceil(CACHED_TOGETHER_BYTES).saturating_mul(CACHED_TOGETHER_BYTES);
     let (Ok(start), Ok(len)) = (signed(start), signed(end - start)) else { return };
     // SAFETY: the descriptor is open as long as `file` is borrowed; the call touches no memory of ours.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), start, len, libc::POSIX_FADV_DONTNEED) };

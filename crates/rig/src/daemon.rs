@@ -1,6 +1,6 @@
 //! A `qemu-storage-daemon` with raw disks: a VM's block layer without the VM.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -57,7 +57,10 @@ impl StorageDaemon {
         command
             .arg("--chardev")
             .arg(format!("socket,id=qmp,path={},server=on,wait=off", self.qmp().display()));
-        command.args(["--monitor", "chardev=qmp"]).stdout(Stdio::null());
+        // It may outlive its owner, whose output must not be kept open by it.
+        let path = self.dir.join("daemon.log");
+        let log = OpenOptions::new().create(true).append(true).open(&path).map_err(doing(path.display()))?;
+        command.args(["--monitor", "chardev=qmp"]).stdout(Stdio::null()).stderr(log);
         self.process = Some(Process::start(&mut command)?);
         let limit = Duration::from_secs(20);
         wait_for("qemu-storage-daemon", limit, || {

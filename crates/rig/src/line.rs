@@ -109,10 +109,11 @@ impl Shared {
     fn carry(&self, mut from: TcpStream, mut to: TcpStream) {
         let mut buffer = vec![0; 256 * 1024];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
+            // Counted first: whoever has read the bytes finds them in the count.
+            self.bytes.fetch_add(count as u64, Ordering::SeqCst);
             if to.write_all(&buffer[..count]).is_err() {
                 break;
             }
-            self.bytes.fetch_add(count as u64, Ordering::SeqCst);
         }
         let _ = to.shutdown(Shutdown::Both);
         let _ = from.shutdown(Shutdown::Both);

@@ -259,7 +259,8 @@ impl Site {
 
     async fn migrate(&self, vm: &VmName, storage: PathBuf) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
-        std::fs::create_dir_all(&storage).map_err(|error| Failure::io("make the folder", &storage, &error))?;
+        std::fs::create_dir_all(&storage)
+            .map_err(|error| Failure::io("make the folder", &storage, &error))?;
         self.store.run(move |store| store.migrate(id, &storage)).await?;
         self.of_replica(id)
     }

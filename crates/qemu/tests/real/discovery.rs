@@ -39,7 +39,7 @@ async fn a_storage_daemon_shows_what_it_exports_writable() {
     assert!(matches!(vm.resolve(&["c".into()]).await, Err(Error::NoSuchDisk { .. })));
 
     // Without exports: what nothing is built on, and not the files below.
-    let idle = daemon(&["--object", "iothread,id=unused"]).await;
+    let idle = daemon(&["--object", "throttle-group,id=unused"]).await;
     assert_eq!(names(&idle.vm().await.disks().await.unwrap()), ["a", "b"]);
 }
 
@@ -83,19 +83,17 @@ pub fn own(process: &Process) -> VmAddress {
 #[tokio::test]
 async fn a_vm_is_captured_through_an_nbd_server_of_our_own() {
     let process = system(&[
-        "-object",
-        "iothread,id=io",
         "-drive",
         "file=DIR/a.raw,format=raw,if=none,id=root",
         "-device",
-        "virtio-blk-pci,drive=root,iothread=io",
+        "virtio-blk-pci,drive=root",
         "-drive",
         "file=DIR/b.qcow2,format=qcow2,if=virtio",
     ])
     .await;
     let vm = connect(own(&process)).await;
     let disks = vm.disks().await.unwrap();
-    assert_eq!(names(&disks), ["root", "virtio1"]);
+    assert_eq!(names(&disks), ["root", "virtio0"]);
     let capture = vm.begin_capture(process.request(&disks, None, 1)).await.unwrap();
     // While the moment is kept, a filter of ours is on the disk, and nothing of ours is a disk.
     assert_eq!(vm.disks().await.unwrap(), disks);

@@ -32,11 +32,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    /// Starts `program` in a new directory; `args` may say `DIR` for it. It must serve QMP at `DIR/qmp`.
-    pub async fn start(program: &str, package: &str, args: &[&str]) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), program, package, args).await
-    }
-
+    /// Starts `program` in `dir`; `args` may say `DIR` for it. It must serve QMP at `DIR/qmp`.
     pub async fn start_in(dir: TempDir, program: &str, package: &str, args: &[&str]) -> Self {
         let path = dir.path().to_str().unwrap();
         let child = Command::new(program)
@@ -94,8 +90,12 @@ impl Process {
     }
 }
 
-/// The listener may bind before it listens: a refused connection is tried again.
 pub async fn connect(address: VmAddress) -> Vm {
+    try_connect(address).await.unwrap()
+}
+
+/// The listener may bind before it listens: a refused connection is tried again.
+pub async fn try_connect(address: VmAddress) -> Result<Vm, qemu::Error> {
     loop {
         match Vm::connect(address.clone()).await {
             Err(qemu::Error::Connect { source, .. })
@@ -103,7 +103,7 @@ pub async fn connect(address: VmAddress) -> Vm {
             {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            outcome => return outcome.unwrap(),
+            outcome => return outcome,
         }
     }
 }
@@ -246,11 +246,6 @@ impl Nbd {
 
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         assert_eq!(self.ask(1, offset, data.len(), data).unwrap(), 0);
-    }
-
-    /// A write that may find QEMU dead.
-    pub fn try_write(&mut self, offset: u64, data: &[u8]) -> std::io::Result<u32> {
-        self.ask(1, offset, data.len(), data)
     }
 
     /// Fills a 4 KiB block.

@@ -295,6 +295,7 @@ pub(crate) fn within(extent: &Range<u64>, bytes: &Range<u64>) -> Option<Range<us
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is tested, short ones too")]
 mod tests {
     use super::*;
     use crate::id::Id;

@@ -19,9 +19,6 @@ use crate::pack::{PackBuilder, Sealer};
 use crate::source::Source;
 use crate::zeros::zero_chunks;
 
-/// zstd's level for chunks. Measured (`examples/backup_speed.rs`): the fastest whose repository is no larger
-/// than restic's.
-const LEVEL: i32 = 3;
 /// Packs are written by this many threads: while one waits for the disk, the other hashes.
 const WRITERS: usize = 2;
 /// So much is read at a time, and more while a chunk may be longer than what is there.
@@ -340,7 +337,7 @@ fn next<T>(queue: &Mutex<Receiver<T>>) -> Option<T> {
 }
 
 fn new_sealer(packer: &Packer<'_>) -> Result<Sealer, Error> {
-    Sealer::new(packer.cipher().clone(), LEVEL).map_err(cannot_compress)
+    Sealer::new(packer.cipher().clone()).map_err(cannot_compress)
 }
 
 fn cannot_compress(source: io::Error) -> Error {
