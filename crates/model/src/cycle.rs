@@ -3,7 +3,7 @@
 //! A relationship's primary remembers, durably, the newest log that it knows to be durable on the
 //! replica ([`Shipped::acked`]) and which dirty bitmap holds every change since that log's moment
 //! ([`Shipped::tracking`]). Before it asks the replica to make a log durable it writes down which one
-//! ([`Attempt`]), so that after any loss of an answer it can tell "our log arrived" from "this chain
+//! ([`LogAttempt`]), so that after any loss of an answer it can tell "our log arrived" from "this chain
 //! is not ours".
 
 use serde::{Deserialize, Serialize};

@@ -2,7 +2,7 @@
 //! jobs, and the two doors to it (the HTTPS port for peers, the control socket for the command line).
 //!
 //! What holds:
-//! * disk bytes reach a repository only from a view or a hold that the gate has admitted ([`source`]);
+//! * disk bytes reach a repository only from a view or a hold that the gate has admitted (`source`);
 //! * a job's every step is in the catalog before anything waits, so a killed site goes on where it was;
 //! * a peer does only what its entry allows, asked at every request.
 //!
