@@ -1,9 +1,10 @@
 //! One attempt at a backup: through the gate, to a view or a hold, into the repository. And the repositories
 //! of a site.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use model::gate::{self, Access};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{now, rfc3339, seconds};
-use crate::config::Config;
+use crate::config::{Config, RepositorySettings};
 use crate::control::Reporter;
 use crate::events::{Event, Events};
 use crate::failure::{Code, Failure};
@@ -25,9 +26,41 @@ use crate::source::Opened;
 /// Opens a repository of the site in `dir` by its name in the config. Blocks for some tenths of a second.
 pub fn open_repository(dir: &Path, config: &Config, name: &str) -> Result<Repository, Failure> {
     let settings = config.repository(dir, name)?;
-    let password = std::fs::read_to_string(&settings.password_file)
+    Ok(Repository::open(&settings.path, &password(&settings)?)?)
+}
+
+fn password(settings: &RepositorySettings) -> Result<String, Failure> {
+    let text = std::fs::read_to_string(&settings.password_file)
         .map_err(|error| Failure::io("read the password file", &settings.password_file, &error))?;
-    Ok(Repository::open(&settings.path, password.trim_end_matches(['\n', '\r']))?)
+    Ok(text.trim_end_matches(['\n', '\r']).to_owned())
+}
+
+/// Repositories that stay open from one backup to the next: to try a password is slow on purpose, and the
+/// index of a large repository is worth keeping.
+#[derive(Default)]
+struct OpenRepositories(Mutex<BTreeMap<PathBuf, (String, Arc<Repository>)>>);
+
+impl OpenRepositories {
+    /// The open one, if its password is still what it was and it is still there; else it is opened.
+    fn get(&self, settings: &RepositorySettings) -> Result<Arc<Repository>, Failure> {
+        let password = password(settings)?;
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, repository)) = open.get(&settings.path)
+            && *known == password
+            && settings.path.join("config").exists()
+        {
+            return Ok(repository.clone());
+        }
+        open.remove(&settings.path);
+        let repository = Arc::new(Repository::open(&settings.path, &password)?);
+        open.insert(settings.path.clone(), (password, repository.clone()));
+        Ok(repository)
+    }
+
+    /// After an error nothing that was kept in memory is trusted.
+    fn forget(&self, settings: &RepositorySettings) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&settings.path);
+    }
 }
 
 /// How long an attempt that asked for the barrier waits for the running apply.
@@ -40,6 +73,7 @@ pub(crate) struct Backups {
     config: Arc<Config>,
     store: Store,
     events: Events,
+    repositories: Arc<OpenRepositories>,
 }
 
 impl From<Failure> for NoBackup {
@@ -89,7 +123,7 @@ impl Attempts for Backups {
 
 impl Backups {
     pub fn new(dir: PathBuf, config: Arc<Config>, store: Store, events: Events) -> Self {
-        Self { dir, config, store, events }
+        Self { dir, config, store, events, repositories: Arc::default() }
     }
 
     fn make(
@@ -104,7 +138,8 @@ impl Backups {
         let (point, mut opened) = self.open(request, vm)?;
         // From here on the pin or the hold keeps applies away.
         drop(barrier);
-        let repository = open_repository(&self.dir, &self.config, &request.repository)?;
+        let settings = self.config.repository(&self.dir, &request.repository)?;
+        let repository = self.repositories.get(&settings)?;
         let backups = repository.backups(Some(vm)).map_err(Failure::from)?;
         let parent = opened.choose_parent(backups)?;
         let definition = self.store.definition(vm)?;
@@ -115,7 +150,8 @@ impl Backups {
                 reporter.progress(what, progress.done_bytes, progress.total_bytes);
             }
         };
-        match repository.backup(&opened, meta, parent.as_ref(), &shown, cancel) {
+        let outcome = repository.backup(&opened, meta, parent.as_ref(), &shown, cancel);
+        match outcome.inspect_err(|_| self.repositories.forget(&settings)) {
             Ok(report) => Ok(answer(&report)),
             // What was read may not be used: the gate knows why, and whether it is worth coming again.
             Err(error) if error.kind() == repository::ErrorKind::Revoked => {
