@@ -10,9 +10,11 @@ use crate::zeros::{ZERO_RUN_BYTES, is_zero};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const ZERO_RUN_BLOCKS: usize = (ZERO_RUN_BYTES / BLOCK_BYTES) as usize;
-/// The usual length of a chunk. Shorter ones compress worse and make longer lists; of longer ones a small
-/// change costs more.
-const AVERAGE_BYTES: u64 = 512 * 1024;
+/// The usual length of a chunk of a disk that is read whole. Shorter ones compress worse and make longer lists.
+const AVERAGE_BYTES: usize = 768 * 1024;
+/// The usual length where a disk has changed. What is written once is often written again, and a chunk is
+/// stored anew for each block of it: so what changes is cut finer, and what rests is packed tighter.
+const CHANGED_BYTES: usize = 256 * 1024;
 /// A disk's list is kept within about this many, as long as chunks can become longer.
 const CHUNKS_MAX: u64 = 1 << 20;
 
@@ -36,18 +38,19 @@ pub(crate) struct Cutter {
 }
 
 impl Cutter {
-    /// For a disk of this size.
+    /// For a disk of this size that is read whole.
     pub(crate) fn for_disk(size_bytes: u64) -> Self {
-        let largest = u64::from(CHUNK_BYTES_MAX) / 4;
-        let mut average = AVERAGE_BYTES;
-        while average < largest && size_bytes / average > CHUNKS_MAX {
-            average *= 2;
-        }
-        Self::with_average(usize::try_from(average).unwrap_or(BLOCK))
+        Self::with_average(AVERAGE_BYTES << growth(size_bytes))
+    }
+
+    /// For what has changed on a disk of this size.
+    pub(crate) fn for_changes(size_bytes: u64) -> Self {
+        Self::with_average(CHANGED_BYTES << growth(size_bytes))
     }
 
     fn with_average(average: usize) -> Self {
-        Self { min: average / 4, average, max: average * 4 }
+        let max = (4 * average).min(CHUNK_BYTES_MAX as usize);
+        Self { min: (average / 4).min(128 * 1024), average, max }
     }
 
     /// As many bytes as a chunk can have, so that more is never needed beyond them.
@@ -94,6 +97,11 @@ impl Cutter {
         let one_in = if len < self.average { average * 4 } else { average / 2 };
         mark.is_multiple_of(one_in.max(1) as u64)
     }
+}
+
+/// How often the usual length is doubled for a disk of this size: at most so that chunks stay within bounds.
+fn growth(size_bytes: u64) -> u32 {
+    (0..2).find(|growth| size_bytes / ((AVERAGE_BYTES as u64) << growth) <= CHUNKS_MAX).unwrap_or(2)
 }
 
 /// Bytes of whole blocks of zeros at the start.
@@ -207,11 +215,11 @@ mod tests {
     #[test]
     fn lists_stay_within_bounds() {
         const GIB: u64 = 1 << 30;
-        let average = |size| Cutter::for_disk(size).average;
-        assert_eq!(average(0), 512 << 10);
-        assert_eq!(average(512 * GIB), 512 << 10);
-        assert_eq!(average(1024 * GIB), 1 << 20);
-        assert_eq!(average(u64::MAX), 2 << 20);
-        assert!(Cutter::for_disk(u64::MAX).max == CHUNK_BYTES_MAX as usize);
+        for (size, average) in [(0, 768), (768 * GIB, 768), (769 * GIB, 1536), (u64::MAX, 3072)] {
+            let cutter = Cutter::for_disk(size);
+            assert_eq!(cutter.average, average << 10, "{size}");
+            assert_eq!(Cutter::for_changes(size).average, cutter.average / 3);
+            assert!(cutter.max <= CHUNK_BYTES_MAX as usize && cutter.min < cutter.average);
+        }
     }
 }

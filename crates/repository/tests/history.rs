@@ -94,7 +94,7 @@ fn history(seed: u64) {
 
 /// Every read is near a change (within the longest chunk), or past the end of what was, and in no hole.
 fn assert_only_changes_were_read(source: &Disks, parent: &Made) {
-    let longest = (2 << 20) + (128 << 10);
+    let longest = (3 << 20) + (128 << 10);
     for (disk, read) in source.reads.lock().unwrap().iter() {
         let size = source.bytes[*disk].len() as u64;
         let old_size = parent.disks[*disk].len() as u64;

@@ -22,6 +22,8 @@ pub(crate) enum Part {
     Keep(Range<usize>),
     /// These bytes, to be read and cut anew.
     Read(Range<u64>),
+    /// The bytes of one chunk that is lost, to be read and stored as that chunk: so older backups heal too.
+    Again(Range<u64>),
 }
 
 /// What to do for one disk.
@@ -37,7 +39,7 @@ pub(crate) struct DiskPlan {
 
 impl DiskPlan {
     fn new(size_bytes: u64, incremental: bool, parent: Vec<Chunk>, parts: Vec<Part>) -> Self {
-        let cutter = Cutter::for_disk(size_bytes);
+        let cutter = if incremental { Cutter::for_changes(size_bytes) } else { Cutter::for_disk(size_bytes) };
         Self { cutter, incremental, parent, parts, made: Mutex::default() }
     }
 
@@ -47,16 +49,12 @@ impl DiskPlan {
         Self::new(disk.size_bytes, false, Vec::new(), parts)
     }
 
-    /// What is to be read.
-    fn to_read(&self) -> impl Iterator<Item = &Range<u64>> {
-        self.parts.iter().filter_map(|part| match part {
-            Part::Read(bytes) => Some(bytes),
-            Part::Keep(_) => None,
-        })
-    }
-
     pub(crate) fn bytes_to_read(&self) -> u64 {
-        self.to_read().map(|bytes| bytes.end - bytes.start).sum()
+        let bytes = self.parts.iter().map(|part| match part {
+            Part::Keep(_) => 0,
+            Part::Read(bytes) | Part::Again(bytes) => bytes.end - bytes.start,
+        });
+        bytes.sum()
     }
 
     /// Notes what a stretch from `offset` has become.
@@ -71,7 +69,9 @@ impl DiskPlan {
         for part in &self.parts {
             match part {
                 Part::Keep(chunks) => list.extend_from_slice(&self.parent[chunks.clone()]),
-                Part::Read(bytes) => list.extend(made.range(bytes.clone()).flat_map(|(_, chunks)| chunks)),
+                Part::Read(bytes) | Part::Again(bytes) => {
+                    list.extend(made.range(bytes.clone()).flat_map(|(_, chunks)| chunks))
+                }
             }
         }
         list
@@ -157,8 +157,10 @@ fn parts_of(list: &[Chunk], changed: &[Range<u64>], lost: &[usize], size_bytes: 
             changed_to = changed_to.max(range.end);
         }
         let is_lost = lost.next_if_eq(&place).is_some();
-        if changed_to > offset || is_lost || end > size_bytes {
+        if changed_to > offset || end > size_bytes {
             add_read(&mut parts, offset..end.min(size_bytes));
+        } else if is_lost {
+            parts.push(Part::Again(offset..end));
         } else {
             match parts.last_mut() {
                 Some(Part::Keep(kept)) => kept.end = place + 1,
@@ -187,6 +189,8 @@ pub(crate) struct Work {
     pub(crate) disk: usize,
     pub(crate) bytes: Range<u64>,
     pub(crate) data: Vec<Range<u64>>,
+    /// It is one chunk, and not to be cut.
+    pub(crate) is_chunk: bool,
 }
 
 /// A stretch for one worker is at most so long. Its end is a cut, whatever is there, so it should be long; and
@@ -203,15 +207,28 @@ pub(crate) fn hand_out(
     plan: &DiskPlan,
     send: &mut dyn FnMut(Option<Work>, u64) -> bool,
 ) -> io::Result<()> {
-    for bytes in plan.to_read() {
-        let mut start = bytes.start;
-        while start < bytes.end {
-            let window = start..bytes.end.min(start + WINDOW_BYTES);
-            start = window.end;
-            let extents = source.data_extents(disk, window.clone())?;
-            check_extents(&extents, &window)?;
-            if !hand_out_window(disk, plan, &window, &extents, send) {
-                return Ok(());
+    let extents_of = |bytes: &Range<u64>| {
+        let extents = source.data_extents(disk, bytes.clone())?;
+        check_extents(&extents, bytes).map(|()| extents)
+    };
+    for part in &plan.parts {
+        match part {
+            Part::Keep(_) => {}
+            Part::Again(bytes) => {
+                let work = Work { disk, bytes: bytes.clone(), data: extents_of(bytes)?, is_chunk: true };
+                if !send(Some(work), 0) {
+                    return Ok(());
+                }
+            }
+            Part::Read(bytes) => {
+                let mut start = bytes.start;
+                while start < bytes.end {
+                    let window = start..bytes.end.min(start + WINDOW_BYTES);
+                    start = window.end;
+                    if !hand_out_window(disk, plan, &window, &extents_of(&window)?, send) {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -257,7 +274,7 @@ fn hand_out_window(
                 .map(|extent| extent.start.max(bytes.start)..extent.end.min(bytes.end))
                 .filter(|extent| extent.start < extent.end)
                 .collect();
-            if !send(Some(Work { disk, bytes, data }), 0) {
+            if !send(Some(Work { disk, bytes, data, is_chunk: false }), 0) {
                 return false;
             }
         }
@@ -311,7 +328,7 @@ mod tests {
 
     #[test]
     fn only_what_is_touched_lost_or_new_is_read() {
-        use Part::{Keep, Read};
+        use Part::{Again, Keep, Read};
         let chunks = list(&[2, 1, 3, 4]);
         let size = 10 * B;
         let parts = |changed: &[Range<u64>], lost: &[usize], size| parts_of(&chunks, changed, lost, size);
@@ -319,7 +336,8 @@ mod tests {
         assert_eq!(parts(&[2 * B..2 * B + 1], &[], size), [Keep(0..1), Read(2 * B..3 * B), Keep(2..4)]);
         assert_eq!(parts(&[2 * B - 1..3 * B + 1], &[], size), [Read(0..6 * B), Keep(3..4)]);
         assert_eq!(parts(&[0..9 * B, B..2 * B], &[], size), [Read(0..size)]);
-        assert_eq!(parts(&[5..5, 2 * B..2 * B], &[3], size), [Keep(0..3), Read(6 * B..size)]);
+        assert_eq!(parts(&[5..5, 2 * B..2 * B], &[3], size), [Keep(0..3), Again(6 * B..size)]);
+        assert_eq!(parts(&[0..1], &[0, 1], size), [Read(0..2 * B), Again(2 * B..3 * B), Keep(2..4)]);
         assert_eq!(parts(&[], &[], size + 5), [Keep(0..4), Read(size..size + 5)]);
         assert_eq!(parts(&[], &[], 5 * B), [Keep(0..2), Read(3 * B..5 * B)]);
         assert_eq!(parts(&[], &[], 0), []);

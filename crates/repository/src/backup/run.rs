@@ -222,6 +222,9 @@ impl<'a> Run<'a> {
     /// Reads a stretch piece by piece, cuts it, and stores what is new.
     fn work_on(&self, work: &Work, tools: &mut Tools, full: Full<'_>) -> Result<(), Error> {
         let plan = &self.plans[work.disk];
+        if work.is_chunk {
+            return self.work_on_chunk(work, tools, full);
+        }
         let mut chunks = Vec::new();
         let mut zeros = 0;
         let (mut start, mut filled, mut read_to) = (0, 0, work.bytes.start);
@@ -260,6 +263,19 @@ impl<'a> Run<'a> {
         }
         chunks.extend(zero_chunks(zeros));
         plan.note(work.bytes.start, chunks);
+        Ok(())
+    }
+
+    /// Reads one chunk and stores it as it is.
+    fn work_on_chunk(&self, work: &Work, tools: &mut Tools, full: Full<'_>) -> Result<(), Error> {
+        let len = index_of(work.bytes.end - work.bytes.start);
+        tools.window.resize(len, 0);
+        self.read(work, &work.bytes, &mut tools.window)?;
+        let id = self.store_chunk(&tools.window, &mut tools.sealer, full)?;
+        self.chunks_read.fetch_add(1, Ordering::Relaxed);
+        self.done_bytes.fetch_add(len as u64, Ordering::Relaxed);
+        let chunk = Chunk::data(id, u32::try_from(len).unwrap_or(u32::MAX));
+        self.plans[work.disk].note(work.bytes.start, vec![chunk]);
         Ok(())
     }
 
