@@ -9,6 +9,8 @@
 //! What it does not do: know what is in the tables. The log files hold the data; the catalog can be
 //! rebuilt from them.
 
+pub mod column;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
 

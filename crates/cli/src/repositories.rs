@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use model::{DiskName, VmId, VmName};
+use model::{DiskName, VmName};
 use repository::{BackupInfo, Repository, RestoreOptions, VerifyOptions};
 use serde_json::{Value, json};
 use site::{Code, Config, Failure, Progress};
@@ -113,18 +113,15 @@ fn table(backups: &[Value]) -> String {
 
 /// The backup that a person means: `latest`, or the first digits of an id. It must be one of that VM.
 fn find(repository: &Repository, vm: &VmName, wanted: &str) -> Result<BackupInfo, Failure> {
-    let none = |why: String| Failure::new(Code::NoSuchBackup, why);
     if wanted == "latest" {
-        let newest = repository.backups(None)?.into_iter().rfind(|backup| backup.vm_name == *vm);
-        return newest.ok_or_else(|| {
-            none(format!("there is no backup of {vm}; 'afterimage backups' lists what there is"))
-        });
+        return newest(repository, vm);
     }
     let backup = repository.find(wanted)?;
     if backup.vm_name == *vm {
         return Ok(backup);
     }
-    Err(none(format!("backup {} is of {}, not of {vm}", backup.id.short(), backup.vm_name)))
+    let message = format!("backup {} is of {}, not of {vm}", backup.id.short(), backup.vm_name);
+    Err(Failure::new(Code::NoSuchBackup, message))
 }
 
 /// Restores a backup.
@@ -186,7 +183,7 @@ pub async fn verify(
     let report = run(arguments, "verifying", move |progress, cancel| {
         let repository = open(&dir, &name)?;
         let backup = wanted.map(|id| repository.find(&id)).transpose()?.map(|backup| backup.id);
-        let vm = vm.map(|vm| vm_id(&repository, &vm)).transpose()?;
+        let vm = vm.map(|vm| newest(&repository, &vm)).transpose()?.map(|backup| backup.vm);
         Ok(repository.verify(&VerifyOptions { vm, backup, read_data: true }, progress, cancel)?)
     })
     .await?;
@@ -211,14 +208,11 @@ pub async fn verify(
     Err(Failure::new(Code::Damaged, message))
 }
 
-/// The VM that a name belongs to in a repository.
-fn vm_id(repository: &Repository, vm: &VmName) -> Result<VmId, Failure> {
+/// The newest backup of a VM.
+fn newest(repository: &Repository, vm: &VmName) -> Result<BackupInfo, Failure> {
     let newest = repository.backups(None)?.into_iter().rfind(|backup| backup.vm_name == *vm);
-    let found = newest.map(|backup| backup.vm);
-    found.ok_or_else(|| {
-        Failure::new(
-            Code::NoSuchBackup,
-            format!("there is no backup of {vm}; 'afterimage backups' lists what there is"),
-        )
+    newest.ok_or_else(|| {
+        let message = format!("there is no backup of {vm}; 'afterimage backups' lists what there is");
+        Failure::new(Code::NoSuchBackup, message)
     })
 }

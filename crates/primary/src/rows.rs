@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
 use catalog::{Catalog, params, rusqlite};
 use model::{DiskName, Phase, Shipped, Timestamp, VmId, VmName};
@@ -101,16 +102,16 @@ impl Protected {
             params![
                 self.vm.to_string(),
                 self.name.as_str(),
-                json(&self.settings),
-                json(&self.disks),
-                json(&self.phase),
+                to_json(&self.settings),
+                to_json(&self.disks),
+                to_json(&self.phase),
                 self.paused,
-                json(&self.shipped),
+                to_json(&self.shipped),
                 self.made_at.0,
                 self.point_at.map(|at| at.0),
                 self.app_at.map(|at| at.0),
                 self.failures,
-                self.error.as_ref().map(json),
+                self.error.as_ref().map(to_json),
             ],
         )?;
         Ok(())
@@ -118,20 +119,20 @@ impl Protected {
 
     fn get(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
-            vm: parse(row, 0, |text| text.parse())?,
-            name: parse(row, 1, |text| text.parse())?,
-            settings: parse(row, 2, |text| serde_json::from_str(text))?,
-            disks: parse(row, 3, |text| serde_json::from_str(text))?,
-            phase: parse(row, 4, |text| serde_json::from_str(text))?,
+            vm: parsed(row, 0)?,
+            name: parsed(row, 1)?,
+            settings: json(row, 2)?,
+            disks: json(row, 3)?,
+            phase: json(row, 4)?,
             paused: row.get(5)?,
-            shipped: parse(row, 6, |text| serde_json::from_str(text))?,
+            shipped: json(row, 6)?,
             made_at: Timestamp(row.get(7)?),
             point_at: row.get::<_, Option<i64>>(8)?.map(Timestamp),
             app_at: row.get::<_, Option<i64>>(9)?.map(Timestamp),
             failures: row.get(10)?,
             error: match row.get_ref(11)? {
                 rusqlite::types::ValueRef::Null => None,
-                _ => Some(parse(row, 11, |text| serde_json::from_str(text))?),
+                _ => Some(json(row, 11)?),
             },
         })
     }
@@ -150,21 +151,6 @@ pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
     let id = vm.to_string();
     catalog.change(move |tx| tx.execute("DELETE FROM protected WHERE vm = ?1", [id])).await?;
     Ok(())
-}
-
-fn json<T: Serialize>(value: &T) -> String {
-    serde_json::to_string(value).expect("these types have no map keys or floats that JSON cannot hold")
-}
-
-fn parse<T, E: std::error::Error + Send + Sync + 'static>(
-    row: &Row<'_>,
-    column: usize,
-    parse: impl FnOnce(&str) -> Result<T, E>,
-) -> rusqlite::Result<T> {
-    let text: String = row.get(column)?;
-    parse(&text).map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
-    })
 }
 
 #[cfg(test)]

@@ -114,17 +114,9 @@ impl Store {
         self.check_space(&folder, 0)?;
         remove_partials(&folder, None)?;
         let path = folder.partial(head.number, head.id);
-        let file = open_or_create(&path)?;
+        let incoming = Incoming::open(head, path)?;
         durable_step("replica::receive::begun");
-        Ok(Incoming {
-            head,
-            path,
-            file,
-            verifier: Verifier::new(),
-            checked: false,
-            offset: 0,
-            written_back: 0,
-        })
+        Ok(incoming)
     }
 
     /// After a restart: takes up a partial file by reading it again.
@@ -138,17 +130,8 @@ impl Store {
         if receiving.is_some() || !path.exists() {
             return Ok(());
         }
-        let file = open_or_create(&path)?;
-        let len = file.metadata().map_err(Error::io("reading", &path))?.len();
-        let mut incoming = Incoming {
-            head,
-            path,
-            file,
-            verifier: Verifier::new(),
-            checked: false,
-            offset: 0,
-            written_back: 0,
-        };
+        let mut incoming = Incoming::open(head, path)?;
+        let len = incoming.file.metadata().map_err(Error::io("reading", &incoming.path))?.len();
         let mut buf = vec![0; 1 << 20];
         while incoming.offset < len {
             let part = usize::try_from(len - incoming.offset).map_or(buf.len(), |left| left.min(buf.len()));
@@ -275,6 +258,13 @@ impl Store {
 }
 
 impl Incoming {
+    /// A partial file of which nothing has been looked at yet.
+    fn open(head: Head, path: PathBuf) -> Result<Self> {
+        let file = open_or_create(&path)?;
+        let verifier = Verifier::new();
+        Ok(Self { head, path, file, verifier, checked: false, offset: 0, written_back: 0 })
+    }
+
     /// Feeds the verifier; the header is held against the chain as soon as it is there.
     fn verify(&mut self, vm: &Vm, bytes: &[u8]) -> Result<()> {
         self.verifier.feed(bytes).map_err(|error| bad_log(&error))?;

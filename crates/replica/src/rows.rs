@@ -3,13 +3,13 @@
 
 use std::path::PathBuf;
 
+use catalog::column::{json, parsed, to_json};
 use catalog::{Catalog, Transaction, params, rusqlite};
 use log::{DiskInfo, Verified};
 use model::{
     DiskName, Head, LogClass, LogId, LogNumber, Phase, PointInfo, Progress, Purpose, Timestamp, VmId, VmName,
 };
-use rusqlite::types::{FromSqlError, Type};
-use serde::de::DeserializeOwned;
+use rusqlite::types::FromSqlError;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
@@ -410,23 +410,4 @@ pub(crate) fn load_holds(catalog: &Catalog) -> Result<Vec<HoldRow>> {
 /// SQLite's integers are signed.
 fn clamp(number: LogNumber) -> i64 {
     i64::try_from(number.0).unwrap_or(i64::MAX)
-}
-
-fn to_json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).expect("plain values can be written as JSON")
-}
-
-fn json<T: DeserializeOwned>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T> {
-    let text: String = row.get(column)?;
-    serde_json::from_str(&text)
-        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error)))
-}
-
-fn parsed<T>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T>
-where
-    T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>,
-{
-    let text: String = row.get(column)?;
-    text.parse()
-        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error)))
 }

@@ -79,6 +79,12 @@ impl Store {
         vms.into_iter().find(|vm| vm.lock().row.name == *name).map(|vm| vm.id)
     }
 
+    /// The name of a VM.
+    #[must_use]
+    pub fn name(&self, vm: VmId) -> Option<VmName> {
+        Some(self.vms().get(&vm)?.lock().row.name.clone())
+    }
+
     pub(crate) fn vms(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
         self.inner.vms.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -59,6 +59,17 @@ fn bench() -> Bench {
 }
 
 impl Bench {
+    /// Sends everything again, laid over whatever is left, and checks every point.
+    fn resynchronize(&mut self, site: &Site) {
+        for (name, size) in [("vda", 3_u64 << 20), ("vdb", 64 * 1024)] {
+            let now = self.primary.disks[name].clone();
+            self.primary.write(name, 0..size, |at| now[at as usize]);
+        }
+        self.primary.ship(site, Purpose::Resync, POINT);
+        site.settle(VM);
+        site.check_points(&self.primary);
+    }
+
     fn open(&self) -> Site {
         self.open_with(config(self.dir.path(), &self.clock))
     }
@@ -260,14 +271,7 @@ fn a_damaged_log_is_found_by_whoever_reads_it_and_never_applied() {
     let status = site.store.status(VM).unwrap();
     assert!(status.damage.unwrap().contains("2.log") && status.points.is_empty());
     assert_eq!(status.head, bench.primary.head);
-    // Everything again, laid over whatever the cut-off apply has left.
-    for (name, size) in [("vda", 3_u64 << 20), ("vdb", 64 * 1024)] {
-        let now = bench.primary.disks[name].clone();
-        bench.primary.write(name, 0..size, |at| now[at as usize]);
-    }
-    bench.primary.ship(&site, Purpose::Resync, POINT);
-    site.settle(VM);
-    site.check_points(&bench.primary);
+    bench.resynchronize(&site);
 }
 
 #[test]
@@ -282,13 +286,7 @@ fn a_lost_base_is_said_too() {
     let site = bench.open();
     refused(&site, Access::Pinned, Condition::Resync);
     assert!(site.store.points(VM).unwrap().is_empty());
-    for (name, size) in [("vda", 3_u64 << 20), ("vdb", 64 * 1024)] {
-        let now = bench.primary.disks[name].clone();
-        bench.primary.write(name, 0..size, |at| now[at as usize]);
-    }
-    bench.primary.ship(&site, Purpose::Resync, POINT);
-    site.settle(VM);
-    site.check_points(&bench.primary);
+    bench.resynchronize(&site);
 }
 
 #[test]

@@ -35,6 +35,15 @@ fn password(settings: &RepositorySettings) -> Result<String, Failure> {
     Ok(text.trim_end_matches(['\n', '\r']).to_owned())
 }
 
+/// The replica of this name.
+pub(crate) fn replica_named(store: &Store, name: &VmName) -> Result<VmId, Failure> {
+    store.find(name).ok_or_else(|| {
+        let message =
+            format!("there is no replica of a VM named {name} here; 'afterimage status' lists what there is");
+        Failure::new(Code::NoSuchVm, message)
+    })
+}
+
 /// Repositories that stay open from one backup to the next: to try a password is slow on purpose, and the
 /// index of a large repository is worth keeping.
 #[derive(Default)]
@@ -133,7 +142,7 @@ impl Backups {
         reporter: Option<&Reporter>,
         cancel: &AtomicBool,
     ) -> Result<Value, NoBackup> {
-        let vm = self.find(&request.vm)?;
+        let vm = replica_named(&self.store, &request.vm)?;
         let barrier = barrier.then(|| self.store.barrier(vm, BARRIER_PATIENCE)).transpose()?;
         let (point, mut opened) = self.open(request, vm)?;
         // From here on the pin or the hold keeps applies away.
@@ -160,15 +169,6 @@ impl Backups {
             }
             Err(error) => Err(NoBackup::Failed(error.into())),
         }
-    }
-
-    fn find(&self, name: &VmName) -> Result<VmId, Failure> {
-        self.store.find(name).ok_or_else(|| {
-            let message = format!(
-                "there is no replica of a VM named {name} here; 'afterimage status' lists what there is"
-            );
-            Failure::new(Code::NoSuchVm, message)
-        })
     }
 
     /// Asks the gate, and opens what it admits.

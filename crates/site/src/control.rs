@@ -21,6 +21,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::Config;
 use crate::failure::{Code, Failure};
 use crate::request::{Line, Progress, Request};
 
@@ -158,11 +159,10 @@ pub async fn ask(
 }
 
 fn not_running(dir: &Path, error: &std::io::Error) -> Failure {
-    if !dir.join("config.toml").exists() {
-        return match crate::Config::load(dir) {
-            Err(failure) => failure,
-            Ok(_) => Failure::new(Code::NotRunning, error.to_string()),
-        };
+    if let Err(failure) = Config::load(dir)
+        && failure.code == Code::NoSite
+    {
+        return failure;
     }
     let dir = dir.display();
     let message =

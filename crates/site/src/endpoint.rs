@@ -167,8 +167,8 @@ impl Endpoint for SiteEndpoint {
         let noted = Event::new(&event.code, message).peer(who);
         let noted = match event.vm {
             Some(vm) => {
-                let name = self.store.status(vm).map(|status| status.name.to_string());
-                noted.vm(name.unwrap_or_else(|_| vm.to_string()))
+                let name = self.store.name(vm).map(String::from);
+                noted.vm(name.unwrap_or_else(|| vm.to_string()))
             }
             None => noted,
         };

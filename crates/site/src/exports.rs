@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use model::LogId;
 use model::gate::Access;
 use nbd::{CowDisk, Disk, Server, StatusExtent};
 use replica::{ConsistentView, Store};
@@ -18,9 +17,10 @@ use repository::BackupReader;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::backup::open_repository;
+use crate::backup::{open_repository, replica_named};
 use crate::config::Config;
 use crate::failure::{Code, Failure};
+use crate::random;
 use crate::request::{Export, Exported};
 
 /// The exports of a site.
@@ -85,12 +85,10 @@ impl Exports {
     }
 
     fn add_blocking(&self, export: &Export) -> Result<Value, Failure> {
-        let id = LogId::from_bytes(random_id()?).to_string()[..12].to_owned();
+        let id = hex::encode(random::bytes::<6>()?);
         let disks = match &export.what {
             Exported::Point { vm, point } => {
-                let unknown =
-                    || Failure::new(Code::NoSuchVm, format!("there is no replica of a VM named {vm} here"));
-                let vm = self.store.find(vm).ok_or_else(unknown)?;
+                let vm = replica_named(&self.store, vm)?;
                 let points = self.store.points(vm)?;
                 let found = match point {
                     Some(id) => points.iter().find(|point| point.id == *id),
@@ -138,12 +136,6 @@ impl Exports {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<String>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn random_id() -> Result<[u8; 16], Failure> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
-    Ok(bytes)
 }
 
 /// A disk of a pinned point.

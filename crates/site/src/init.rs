@@ -13,6 +13,7 @@ use wire::Identity;
 
 use crate::config::template;
 use crate::failure::{Code, Failure};
+use crate::random;
 
 /// What `init` made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -61,9 +62,7 @@ fn make_repository(dir: &Path) -> Result<(), Failure> {
     let password = match fs::read_to_string(&password_file) {
         Ok(password) => password,
         Err(_) => {
-            let mut bytes = [0; 24];
-            getrandom::fill(&mut bytes).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
-            let password = hex::encode(bytes);
+            let password = hex::encode(random::bytes::<24>()?);
             write_new(&password_file, password.as_bytes(), 0o600)?;
             password
         }

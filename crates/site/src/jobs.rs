@@ -15,6 +15,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use catalog::column::{json, to_json};
 use catalog::{Catalog, params, rusqlite};
 use model::gate::Refusal;
 use model::{Attempt, GiveUp, RetryDecision, RetryPolicy, Timestamp, human_duration};
@@ -26,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{now, rfc3339};
 use crate::control::Reporter;
 use crate::failure::{Code, Failure};
+use crate::random;
 use crate::request::BackupRequest;
 
 const TABLES: &[&str] = &["
@@ -293,9 +295,9 @@ impl<A: Attempts> Jobs<A> {
                 "INSERT INTO jobs (vm, request, state, attempts, made_at, deadline) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
                 params![
                     job.request.vm.as_str(),
-                    text(&job.request),
-                    text(&job.state),
-                    text(&job.attempts),
+                    to_json(&job.request),
+                    to_json(&job.state),
+                    to_json(&job.attempts),
                     job.made_at.0,
                     job.deadline.0
                 ],
@@ -309,7 +311,7 @@ impl<A: Attempts> Jobs<A> {
 
     /// Writes a job down; if that cannot be done the job stays as it was and goes on at the next start.
     async fn save(&self, job: &Job) -> bool {
-        let (id, state, attempts) = (job.id, text(&job.state), text(&job.attempts));
+        let (id, state, attempts) = (job.id, to_json(&job.state), to_json(&job.attempts));
         let saved = self
             .catalog
             .change(move |tx| {
@@ -328,32 +330,17 @@ impl<A: Attempts> Jobs<A> {
 fn read_job(row: &rusqlite::Row<'_>) -> rusqlite::Result<Job> {
     Ok(Job {
         id: row.get(0)?,
-        request: parsed(row, 1)?,
-        state: parsed(row, 2)?,
-        attempts: parsed(row, 3)?,
+        request: json(row, 1)?,
+        state: json(row, 2)?,
+        attempts: json(row, 3)?,
         made_at: Timestamp(row.get(4)?),
         deadline: Timestamp(row.get(5)?),
     })
 }
 
-fn parsed<T: serde::de::DeserializeOwned>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T> {
-    let text: String = row.get(column)?;
-    serde_json::from_str(&text).map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
-    })
-}
-
-fn text(value: &impl Serialize) -> String {
-    serde_json::to_string(value).expect("plain values can be written as JSON")
-}
-
 /// Uniform in 0..1. Without randomness the middle will do: jitter is a courtesy, not a safeguard.
 fn chance() -> f64 {
-    let mut bytes = [0; 4];
-    match getrandom::fill(&mut bytes) {
-        Ok(()) => f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX),
-        Err(_) => 0.5,
-    }
+    random::bytes().map_or(0.5, |bytes| f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ mod failure;
 mod init;
 mod jobs;
 mod peers;
+mod random;
 mod request;
 mod serve;
 mod source;

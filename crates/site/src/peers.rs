@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use catalog::{Catalog, OptionalExtension, params, rusqlite};
+use catalog::column::parsed;
+use catalog::{Catalog, OptionalExtension, Transaction, params, rusqlite};
 use model::{Timestamp, VmName};
 use serde::Serialize;
 use wire::{Client, Fingerprint, Identity, Invite, Secret, SecretHash};
@@ -130,7 +131,7 @@ impl Peers {
         fingerprint: Fingerprint,
         address: String,
     ) -> Result<PeerRow, Failure> {
-        let (hash, shown) = (String::from(secret), fingerprint.to_string());
+        let hash = String::from(secret);
         let row = self
             .catalog
             .change(move |tx| {
@@ -138,21 +139,19 @@ impl Peers {
                     .query_row(
                         "SELECT name, vms, expires_at FROM invites WHERE secret_hash = ?1",
                         [&hash],
-                        |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, i64>(2)?)),
+                        |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?)),
                     )
                     .optional()?;
                 tx.execute("DELETE FROM invites WHERE secret_hash = ?1", [&hash])?;
-                let Some((name, vms, expires_at)) = invite.filter(|invite| invite.2 >= now().0) else {
-                    return Ok(None);
-                };
                 let since = now();
-                // A site that is invited again under another name keeps one entry.
-                tx.execute("DELETE FROM peers WHERE fingerprint = ?1 OR name = ?2", [&shown, &name])?;
-                tx.execute(
-                    "INSERT INTO peers VALUES (?1, ?2, ?3, ?4, ?5)",
-                    params![name, address, shown, vms, since.0],
-                )?;
-                Ok(Some(PeerRow { name, address, fingerprint, vms, since }).filter(|_| expires_at > 0))
+                match invite {
+                    Some((name, vms, expires_at)) if expires_at >= since.0 => {
+                        let row = PeerRow { name, address, fingerprint, vms, since };
+                        row.put(tx)?;
+                        Ok(Some(row))
+                    }
+                    _ => Ok(None),
+                }
             })
             .await?;
         let row = row.ok_or_else(|| {
@@ -184,24 +183,7 @@ impl Peers {
             ));
         }
         let written = row.clone();
-        self.catalog
-            .change(move |tx| {
-                tx.execute(
-                    "DELETE FROM peers WHERE fingerprint = ?1 OR name = ?2",
-                    [written.fingerprint.to_string(), written.name.clone()],
-                )?;
-                tx.execute(
-                    "INSERT INTO peers VALUES (?1, ?2, ?3, ?4, ?5)",
-                    params![
-                        written.name,
-                        written.address,
-                        written.fingerprint.to_string(),
-                        written.vms,
-                        written.since.0
-                    ],
-                )
-            })
-            .await?;
+        self.catalog.change(move |tx| written.put(tx)).await?;
         self.keep(row.clone())?;
         Ok(row)
     }
@@ -244,6 +226,17 @@ impl primary::PeerClients for Peers {
 }
 
 impl PeerRow {
+    /// Writes the peer down. A site that is invited again, under another name too, keeps one entry.
+    fn put(&self, tx: &Transaction<'_>) -> rusqlite::Result<()> {
+        let fingerprint = self.fingerprint.to_string();
+        tx.execute("DELETE FROM peers WHERE fingerprint = ?1 OR name = ?2", [&fingerprint, &self.name])?;
+        tx.execute(
+            "INSERT INTO peers VALUES (?1, ?2, ?3, ?4, ?5)",
+            params![self.name, self.address, fingerprint, self.vms, self.since.0],
+        )?;
+        Ok(())
+    }
+
     /// Whether the peer may replicate a VM of this name to this site.
     #[must_use]
     pub fn may_send(&self, vm: &VmName) -> bool {
@@ -260,14 +253,10 @@ pub(crate) fn no_such_peer(name: &str) -> Failure {
 }
 
 fn read_peer(row: &rusqlite::Row<'_>) -> rusqlite::Result<PeerRow> {
-    let fingerprint: String = row.get(2)?;
-    let fingerprint = fingerprint.parse().map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(2, rusqlite::types::Type::Text, Box::new(error))
-    })?;
     Ok(PeerRow {
         name: row.get(0)?,
         address: row.get(1)?,
-        fingerprint,
+        fingerprint: parsed(row, 2)?,
         vms: row.get(3)?,
         since: Timestamp(row.get(4)?),
     })
