@@ -45,11 +45,13 @@ pub struct Failure {
 }
 
 impl Failure {
-    pub(crate) fn transient(code: FailureCode, message: impl Into<String>) -> Self {
+    /// One that may clear by itself.
+    pub fn transient(code: FailureCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), transient: true }
     }
 
-    pub(crate) fn lasting(code: FailureCode, message: impl Into<String>) -> Self {
+    /// One that stays until somebody does something.
+    pub fn lasting(code: FailureCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), transient: false }
     }
 }

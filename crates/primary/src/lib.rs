@@ -16,6 +16,7 @@ mod cycle;
 mod digests;
 mod error;
 mod link;
+pub mod ports;
 mod read;
 mod rows;
 mod runner;
