@@ -2,7 +2,7 @@
 # missing on a Debian 12 machine first (as root, or through sudo).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test check soak bench setup setup-bench build install
+.PHONY: demo test check soak bench setup setup-test setup-bench build install
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -10,7 +10,7 @@ PREFIX ?= /usr/local
 demo: setup build
 	./target/release/afterimage demo $(DEMO)
 
-test: setup
+test: setup-test
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace --no-fail-fast
 
@@ -23,7 +23,7 @@ check: setup
 	$(CARGO) deny --locked check licenses bans sources advisories
 
 # The long tests: hours of random histories, kills and link cuts.
-soak: setup
+soak: setup-test
 	AFTERIMAGE_SOAK=1 $(CARGO) test --locked --workspace --release --no-fail-fast -- --include-ignored --nocapture
 
 bench: setup-bench build
@@ -37,6 +37,9 @@ install: build
 
 setup:
 	@./scripts/setup base
+
+setup-test:
+	@./scripts/setup base guest
 
 setup-bench:
 	@./scripts/setup base bench
