@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::cell::Cell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,30 +41,12 @@ impl World {
     }
 
     /// The same with the replica's site in a folder of its own.
-    pub fn with_head_in(seed: u64, head_dir: Option<&std::path::Path>) -> Self {
+    pub fn with_head_in(seed: u64, head_dir: Option<&Path>) -> Self {
         let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
         let daemon = StorageDaemon::start(&dir.path().join("vm"), &DISKS).unwrap();
         let regions = (0..DISKS.len()).map(|disk| Region { disk, offset: 4 * MIB, len: 8 * MIB });
         let script = Arc::new(Script::new(seed, regions.collect(), 5));
-        let mut head = Site::init(head_dir.unwrap_or(dir.path()), "head").unwrap();
-        let mut branch = Site::init(dir.path(), "branch").unwrap();
-        let line = Line::to(head.address()).unwrap();
-        // Invites name the line, so that all replication crosses it.
-        let advertise = format!("\nadvertise = \"{}\"\n", line.address());
-        head.configure(&[("\n# What peers are told", &format!("{advertise}# What peers are told"))]).unwrap();
-        for site in [&head, &branch] {
-            site.configure(&[
-                ("interval-min-s = 5", "interval-min-s = 1"),
-                ("backoff-s = [60, 120, 240, 480, 600, 1800]", "backoff-s = [1]"),
-                ("patience-s = 30", "patience-s = 3"),
-                ("delay-max-s = 900", "delay-max-s = 2"),
-                ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
-            ])
-            .unwrap();
-        }
-        head.serve().unwrap();
-        branch.serve().unwrap();
-        head.invite(&branch).unwrap();
+        let (head, branch, line) = sites(dir.path(), head_dir);
         Self { backups_made: Cell::new(0), writer: None, script, branch, head, line, daemon, dir }
     }
 
@@ -127,6 +109,31 @@ impl World {
     }
 }
 
-pub fn path(path: &std::path::Path) -> &str {
+/// Two sites that run and are peers, the replica's first, and the line between them: quick to cycle and to
+/// try again.
+pub fn sites(dir: &Path, head_dir: Option<&Path>) -> (Site, Site, Line) {
+    let mut head = Site::init(head_dir.unwrap_or(dir), "head").unwrap();
+    let mut branch = Site::init(dir, "branch").unwrap();
+    let line = Line::to(head.address()).unwrap();
+    // Invites name the line, so that all replication crosses it.
+    let advertise = format!("\nadvertise = \"{}\"\n", line.address());
+    head.configure(&[("\n# What peers are told", &format!("{advertise}# What peers are told"))]).unwrap();
+    for site in [&head, &branch] {
+        site.configure(&[
+            ("interval-min-s = 5", "interval-min-s = 1"),
+            ("backoff-s = [60, 120, 240, 480, 600, 1800]", "backoff-s = [1]"),
+            ("patience-s = 30", "patience-s = 3"),
+            ("delay-max-s = 900", "delay-max-s = 2"),
+            ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
+        ])
+        .unwrap();
+    }
+    head.serve().unwrap();
+    branch.serve().unwrap();
+    head.invite(&branch).unwrap();
+    (head, branch, line)
+}
+
+pub fn path(path: &Path) -> &str {
     path.to_str().expect("paths of tests are text")
 }
