@@ -7,23 +7,24 @@
 //!            └── chain not ours                └── bitmap lost ──▶ resynchronization required
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use catalog::Catalog;
 use model::{
     Consistency, CyclePlan, Head, LogAttempt, Phase, Progress, Purpose, ResyncReason, Timestamp, Tracking,
     phase_after, plan_cycle,
 };
-use qemu::{Capture, CaptureRequest, Disk, Vm};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use wire::{Offer, OfferedDisk, RelationshipStatus};
 
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
-use crate::link::link_failure;
-use crate::read::{DiskSource, Item, PassLimits, QUEUE_RECORDS, Reader};
-use crate::rows::KnownDisk;
-use crate::runner::Runner;
+use crate::ports::{Capture, CaptureRequest, Disk, Guest, Ports, Remote};
+use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader};
+use crate::relationship::Relationship;
+use crate::rows::{KnownDisk, Protected};
 use crate::ship::{Cycle, Ledger, Shipment};
 
 /// A pass fixes a new moment at least this often: while a moment is fixed, each first write of the guest
@@ -55,10 +56,13 @@ pub struct CycleReport {
     pub total: Duration,
 }
 
-impl Runner {
+type DiskOf<P> = <<P as Ports>::Guest as Guest>::Disk;
+type CaptureOf<P> = <<P as Ports>::Guest as Guest>::Capture;
+
+impl<P: Ports> Relationship<P> {
     /// Runs one cycle. On failure the changes are where the next cycle finds them.
     pub(crate) async fn cycle(&mut self) -> Result<CycleReport, Failure> {
-        let vm = self.connect_vm().await?;
+        let vm = self.connect_guest().await?;
         let disks = self.check_disks(&vm).await?;
         if !self.squared {
             self.square_up(&vm, &disks).await?;
@@ -70,16 +74,16 @@ impl Runner {
             Err(why) => return Err(self.require_resync(why).await?),
         };
         if plan.base.is_none() {
-            vm.stop_tracking(&disks).await.map_err(qemu_failure)?;
+            vm.stop_tracking(&disks).await?;
         }
         self.squared = false; // until this cycle has ended well
         let (capture, consistency, note) = self.fix_moment(&vm, &disks, plan).await?;
-        let (moment, fixed) = (capture.moment, Instant::now());
+        let (moment, fixed) = (capture.moment(), Instant::now());
         let outcome = self.read_and_ship(&vm, capture, plan, moment, consistency).await;
         let base = plan.base;
         match outcome {
             Ok((shipment, reading)) => {
-                vm.commit(&disks, base, plan.next).await.map_err(qemu_failure)?;
+                vm.commit(&disks, base, plan.next).await?;
                 self.squared = true;
                 let point = (self.row.phase == Phase::Replicating).then_some(consistency);
                 Ok(report(plan, moment, point, note, shipment, reading, fixed.elapsed()))
@@ -95,9 +99,9 @@ impl Runner {
     }
 
     /// Tells the replica what we have, hears what it has, and squares the two.
-    async fn square_up(&mut self, vm: &Vm, disks: &[Disk]) -> Result<(), Failure> {
+    async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
         let offer = self.offer(vm).await;
-        let status = self.link()?.client.offer(&offer).await.map_err(|error| link_failure(&error))?;
+        let status = self.remote()?.offer(&offer).await?;
         if let Some(refused) = &status.refused {
             return Err(Failure {
                 code: FailureCode::ReplicaRefused,
@@ -126,11 +130,11 @@ impl Runner {
             return Err(self.require_resync(why).await?);
         }
         self.row.save(&self.shared.catalog).await?;
-        vm.cleanup(disks, Some(self.row.shipped.tracking)).await.map_err(qemu_failure)?;
+        vm.cleanup(disks, Some(self.row.shipped.tracking)).await?;
         Ok(())
     }
 
-    async fn offer(&self, vm: &Vm) -> Offer {
+    async fn offer(&self, vm: &P::Guest) -> Offer {
         let row = &self.row;
         Offer {
             vm: row.vm,
@@ -151,15 +155,15 @@ impl Runner {
     }
 
     /// The disks as they are now; a changed set or size asks for a resynchronization.
-    async fn check_disks(&mut self, vm: &Vm) -> Result<Vec<Disk>, Failure> {
-        let disks = vm.resolve(&self.row.nodes()).await.map_err(qemu_failure)?;
+    async fn check_disks(&mut self, vm: &P::Guest) -> Result<Vec<DiskOf<P>>, Failure> {
+        let disks = vm.resolve(&self.row.nodes()).await?;
         let found: Vec<KnownDisk> = disks
             .iter()
             .zip(&self.row.disks)
             .map(|(now, known)| KnownDisk {
                 node: known.node.clone(),
                 name: known.name.clone(),
-                size_bytes: now.size_bytes,
+                size_bytes: now.known().size_bytes,
             })
             .collect();
         if let Some((now, known)) = found.iter().zip(&self.row.disks).find(|(now, known)| now != known) {
@@ -173,8 +177,8 @@ impl Runner {
         Ok(disks)
     }
 
-    async fn tracking(&self, vm: &Vm, disks: &[Disk]) -> Result<Tracking, Failure> {
-        vm.inspect(disks, self.row.shipped.tracking).await.map_err(qemu_failure)
+    async fn tracking(&self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<Tracking, Failure> {
+        vm.inspect(disks, self.row.shipped.tracking).await
     }
 
     /// Writes down that both sides must be compared, tells the replica, and gives the failure to show.
@@ -190,28 +194,20 @@ impl Runner {
 
     async fn fix_moment(
         &mut self,
-        vm: &Vm,
-        disks: &[Disk],
+        vm: &P::Guest,
+        disks: &[DiskOf<P>],
         plan: CyclePlan,
-    ) -> Result<(Capture, Consistency, Option<String>), Failure> {
-        let config = &self.shared.config;
-        let request = CaptureRequest {
-            disks: disks.to_vec(),
-            base: plan.base,
-            next: plan.next,
-            scratch_dir: config.scratch_dir.clone(),
-            scratch_limit_bytes: config.scratch_limit_bytes,
-        };
+    ) -> Result<(CaptureOf<P>, Consistency, Option<String>), Failure> {
+        let request = CaptureRequest { disks, base: plan.base, next: plan.next };
         let agent =
             self.row.settings.guest_agent.clone().filter(|_| self.application_point_is_due(plan.purpose));
         match agent {
-            None => Ok((vm.begin_capture(request).await.map_err(qemu_failure)?, Consistency::Crash, None)),
+            None => Ok((vm.begin_capture(request).await?, Consistency::Crash, None)),
             Some(socket) => {
-                let (capture, frozen) =
-                    vm.begin_capture_frozen(request, &socket).await.map_err(qemu_failure)?;
+                let (capture, frozen) = vm.begin_capture_frozen(request, &socket).await?;
                 Ok(match frozen {
                     Ok(()) => (capture, Consistency::Application, None),
-                    Err(error) => (capture, Consistency::Crash, Some(error.to_string())),
+                    Err(why) => (capture, Consistency::Crash, Some(why)),
                 })
             }
         }
@@ -230,19 +226,21 @@ impl Runner {
     /// Reads and ships side by side; the capture ends as soon as the last byte is read, and in any case.
     async fn read_and_ship(
         &mut self,
-        vm: &Vm,
-        capture: Capture,
+        vm: &P::Guest,
+        capture: CaptureOf<P>,
         plan: CyclePlan,
         moment: Timestamp,
         consistency: Consistency,
     ) -> Result<(Shipment, Duration), Failure> {
-        let link = self.link()?;
+        let remote = self.remote()?;
         let (vm_id, config) = (self.row.vm, self.shared.config.clone());
         let started = Instant::now();
         let stop = self.stop.clone();
         let (items, received) = mpsc::channel::<Item>(QUEUE_RECORDS);
         let cycle = Cycle {
-            link: &link,
+            ports: &self.shared.ports,
+            remote: &remote,
+            limiter: self.limiter.as_ref(),
             vm: vm_id,
             disks: self
                 .row
@@ -259,29 +257,30 @@ impl Runner {
         let mut reading = Duration::ZERO;
         let read = async {
             let open = capture.as_ref().expect("it is taken only after reading");
-            let mut sources = Vec::new();
-            for disk in &open.disks {
-                sources.push(DiskSource::open(disk).await?);
-            }
+            let readers = open.readers().await?;
             let reader = Reader {
-                disks: &sources,
+                disks: &readers,
                 plan,
                 limits: PassLimits { data_bytes: config.initial_log_bytes, time: PASS_TIME },
+                compress: config.compress,
                 level: config.compression_level,
-                digests: Digests { client: &link.client, vm: vm_id },
+                digests: Digests { remote: &remote, vm: vm_id },
                 items,
             };
             tokio::select! {
+                biased;
                 result = reader.run() => result?,
-                over = open.watch() => return Err(qemu_failure(over)),
+                over = open.watch() => return Err(over),
             }
-            drop(sources);
+            drop(readers);
             let capture = capture.take().expect("taken once");
             reading = started.elapsed();
-            vm.end_reading(capture).await.map_err(qemu_failure)
+            vm.end_reading(capture).await
         };
-        let mut ledger = Rows { runner_row: &mut self.row, shared: &self.shared, plan, moment, consistency };
+        let mut ledger =
+            Rows { row: &mut self.row, catalog: &self.shared.catalog, plan, moment, consistency };
         let outcome = tokio::select! {
+            biased;
             both = async { tokio::try_join!(read, cycle.ship(received, &mut ledger)) } => both,
             () = stop.cancelled() => Err(Failure::transient(FailureCode::Stopped, "the cycle was stopped")),
         };
@@ -296,8 +295,8 @@ impl Runner {
 
 /// The ledger of a cycle is the VM's row in the catalog.
 struct Rows<'a> {
-    runner_row: &'a mut crate::rows::Protected,
-    shared: &'a crate::runner::Shared,
+    row: &'a mut Protected,
+    catalog: &'a Catalog,
     plan: CyclePlan,
     moment: Timestamp,
     consistency: Consistency,
@@ -305,12 +304,12 @@ struct Rows<'a> {
 
 impl Ledger for Rows<'_> {
     async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure> {
-        self.runner_row.shipped.attempt = Some(attempt);
-        Ok(self.runner_row.save(&self.shared.catalog).await?)
+        self.row.shipped.attempt = Some(attempt);
+        Ok(self.row.save(self.catalog).await?)
     }
 
     async fn durable(&mut self, attempt: LogAttempt, makes_point: bool) -> Result<(), Failure> {
-        let row = &mut *self.runner_row;
+        let row = &mut *self.row;
         row.shipped = row.shipped.with_acked(attempt);
         row.phase =
             phase_after(self.plan.purpose, makes_point, attempt.progress.unwrap_or_default(), &row.phase);
@@ -320,7 +319,7 @@ impl Ledger for Rows<'_> {
                 row.app_at = Some(self.moment);
             }
         }
-        Ok(row.save(&self.shared.catalog).await?)
+        Ok(row.save(self.catalog).await?)
     }
 }
 
@@ -367,14 +366,4 @@ fn report(
         reading,
         total,
     }
-}
-
-/// What QEMU refuses is tried again: disks come back, jobs of other tools end, a scratch empties.
-pub(crate) fn qemu_failure(error: qemu::Error) -> Failure {
-    let code = match &error {
-        qemu::Error::ScratchFull { .. } => FailureCode::ScratchFull,
-        error if error.is_gone() => FailureCode::QemuGone,
-        _ => FailureCode::Qemu,
-    };
-    Failure::transient(code, error.to_string())
 }

@@ -3,14 +3,18 @@
 use std::ops::Range;
 
 use model::{DiskName, VmId};
-use wire::{Client, DigestRequest, block_digest, zero_digest};
+use wire::{DigestRequest, block_digest, zero_digest};
 
 use crate::error::Failure;
-use crate::link::link_failure;
+use crate::ports::Remote;
+
+/// Blocks of this many bytes are compared: 16 bytes of digest for each, so that a compare of equal
+/// disks sends 0.025 % of them.
+pub(crate) const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// Asks the replica for the digests of its newest state.
-pub(crate) struct Digests<'a> {
-    pub client: &'a Client,
+pub(crate) struct Digests<'a, R> {
+    pub remote: &'a R,
     pub vm: VmId,
 }
 
@@ -20,27 +24,23 @@ pub(crate) struct Stretch {
     digests: Vec<[u8; 16]>,
 }
 
-impl Digests<'_> {
-    /// Blocks of this many bytes are compared: 16 bytes of digest for each, so that a compare of equal
-    /// disks sends 0.025 % of them.
-    pub const BLOCK_BYTES: u64 = 64 * 1024;
-
+impl<R: Remote> Digests<'_, R> {
     /// The digests of `range`, which starts at a whole block.
     pub async fn of(&self, disk: &DiskName, range: Range<u64>) -> Result<Stretch, Failure> {
         let request = DigestRequest {
             disk: disk.clone(),
             offset: range.start,
             len: range.end - range.start,
-            block_bytes: Self::BLOCK_BYTES,
+            block_bytes: BLOCK_BYTES,
         };
-        let digests = self.client.digests(self.vm, &request).await.map_err(|error| link_failure(&error))?;
+        let digests = self.remote.digests(self.vm, &request).await?;
         Ok(Stretch { offset: range.start, digests })
     }
 }
 
 impl Stretch {
     fn at(&self, offset: u64) -> Option<&[u8; 16]> {
-        self.digests.get(usize::try_from((offset - self.offset) / Digests::BLOCK_BYTES).ok()?)
+        self.digests.get(usize::try_from((offset - self.offset) / BLOCK_BYTES).ok()?)
     }
 
     /// Whether the replica has these bytes there.

@@ -9,52 +9,53 @@
 //! * what cannot be known (a lost bitmap, a chain that is not ours) becomes a resynchronization by
 //!   compare, never a guess and never silently a full copy.
 //!
+//! The cycle is written over [`ports`]: what it touches are a VM, a link, a clock and chance. [`Real`] is QEMU
+//! and the wire; a simulation brings its own and runs the same code. [`Relationship`] does one thing at a time on
+//! its caller's task; [`Primary`] gives each relationship of a site a task of its own.
+//!
 //! What it does not do: decide what a cycle does (`model::plan_cycle`), speak QMP (`qemu`) or HTTP (`wire`).
 
+mod compress;
 mod cover;
 mod cycle;
 mod digests;
 mod error;
-mod link;
 pub mod ports;
+mod protect;
 mod read;
+mod real;
+mod relationship;
 mod rows;
 mod runner;
 mod ship;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
-use model::{
-    Assessment, CycleBackoff, Health, HealthThresholds, INTERVAL_SECONDS, LogNumber, POINTS_MAX, Phase,
-    Shipped, Timestamp, VmId, VmName,
-};
+use model::{Assessment, CycleBackoff, Health, HealthThresholds, LogNumber, Phase, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
+pub use crate::compress::Compress;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
-pub use crate::link::PeerClients;
-use crate::rows::Protected;
-pub use crate::rows::{KnownDisk, Settings};
-use crate::runner::{Handle, Order, Runner, Shared};
+use crate::ports::Ports;
+pub use crate::real::{PeerClients, Real};
+pub use crate::relationship::{Relationship, Shared, Stopper};
+pub use crate::rows::{KnownDisk, Protected, Settings};
+use crate::runner::{Handle, Order};
 
 /// How this site runs its cycles.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// What this site is called; the replica shows it.
     pub site_name: String,
-    /// Where sockets are made (short path: a unix socket's path has at most 107 bytes).
-    pub run_dir: PathBuf,
-    /// Where the guests' overwritten bytes go while a moment is fixed.
-    pub scratch_dir: PathBuf,
-    /// The most that one cycle's scratch may take, in bytes; the cycle is given up before it takes more.
-    pub scratch_limit_bytes: u64,
     /// The zstd level of logs.
     pub compression_level: i32,
+    /// Where logs are compressed.
+    pub compress: Compress,
     /// A pass (initial replication, resynchronization) is cut into logs of about this many bytes of data.
     pub initial_log_bytes: u64,
     /// The shortest interval that may be set, in seconds: 5, and less only to demonstrate and to test.
@@ -135,25 +136,24 @@ impl VmStatus {
     }
 }
 
-/// The primary's side of a site.
-pub struct Primary {
-    shared: Arc<Shared>,
+/// The primary's side of a site: a task for each relationship.
+pub struct Primary<P: Ports = Real> {
+    shared: Arc<Shared<P>>,
     handles: Mutex<BTreeMap<VmName, Handle>>,
 }
 
-impl Primary {
+impl<P: Ports> Primary<P> {
     /// Opens it; nothing runs before [`Primary::start`].
-    pub fn open(catalog: Catalog, config: Config, peers: Arc<dyn PeerClients>) -> Result<Self, Error> {
-        rows::load(&catalog)?;
-        let cycles = Semaphore::new(config.cycles_at_once.max(1));
-        let shared = Shared { catalog, config: Arc::new(config), peers, cycles };
-        Ok(Self { shared: Arc::new(shared), handles: Mutex::default() })
+    pub fn open(catalog: Catalog, config: Config, ports: P) -> Result<Self, Error> {
+        let shared = Shared::open(catalog, config, ports)?;
+        Relationship::load(&shared)?; // what cannot be read is better known now than at the start
+        Ok(Self { shared, handles: Mutex::default() })
     }
 
     /// Starts a runner for each protected VM. Call it within a tokio runtime.
     pub fn start(&self) -> Result<(), Error> {
-        for row in rows::load(&self.shared.catalog)? {
-            self.spawn(row);
+        for relationship in Relationship::load(&self.shared)? {
+            self.spawn(relationship);
         }
         Ok(())
     }
@@ -163,7 +163,7 @@ impl Primary {
         let handles = std::mem::take(&mut *self.lock());
         for handle in handles.values() {
             let _ = handle.orders.try_send(Order::End);
-            handle.stop_cycle();
+            handle.stopper.stop_cycle();
         }
         for handle in handles.into_values() {
             let _ = handle.orders.send(Order::End).await;
@@ -173,36 +173,9 @@ impl Primary {
 
     /// Begins to protect a VM: finds its disks, and starts the initial replication.
     pub async fn protect(&self, request: ProtectRequest) -> Result<VmStatus, Error> {
-        let ProtectRequest { name, settings } = request;
-        check_settings(&settings, self.shared.config.interval_min_s)?;
-        if self.lock().contains_key(&name) {
-            return Err(Error::Exists(name));
-        }
-        let mut row = Protected {
-            vm: VmId::from_bytes(ship::random_id()?),
-            name,
-            settings,
-            disks: Vec::new(),
-            phase: runner::first_phase(0),
-            paused: false,
-            shipped: Shipped::NOTHING,
-            made_at: self.shared.now(),
-            point_at: None,
-            app_at: None,
-            failures: 0,
-            error: None,
-        };
-        if self.shared.peers.client(&row.settings.peer).is_none() {
-            return Err(Error::Setting(format!(
-                "no peer is named {}; 'afterimage peer list' shows the ones there are",
-                row.settings.peer
-            )));
-        }
-        row.disks = find_disks(&row, &self.shared.config).await?;
-        row.phase = runner::first_phase(row.total_bytes());
-        row.save(&self.shared.catalog).await?;
-        let name = row.name.clone();
-        self.spawn(row);
+        let relationship = Relationship::protect(&self.shared, request).await?;
+        let name = relationship.row().name.clone();
+        self.spawn(relationship);
         self.get(&name).ok_or(Error::NoSuchVm(name))
     }
 
@@ -255,16 +228,15 @@ impl Primary {
         let (done, answer) = oneshot::channel();
         orders.send(order(done)).await.map_err(|_| no_such_vm())?;
         if let (WhenRunning::Stop, Some(handle)) = (when_running, self.lock().get(name)) {
-            handle.stop_cycle();
+            handle.stopper.stop_cycle();
         }
         answer.await.map_err(|_| no_such_vm())??;
         self.get(name).ok_or_else(no_such_vm)
     }
 
-    fn spawn(&self, row: Protected) {
-        let name = row.name.clone();
-        let handle = Runner::spawn(row, self.shared.clone());
-        self.lock().insert(name, handle);
+    fn spawn(&self, relationship: Relationship<P>) {
+        let name = relationship.row().name.clone();
+        self.lock().insert(name, Handle::spawn(relationship));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, Handle>> {
@@ -276,40 +248,4 @@ impl Primary {
 enum WhenRunning {
     Wait,
     Stop,
-}
-
-fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
-    let seconds = settings.interval.as_secs();
-    if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
-        return Err(Error::Setting(format!(
-            "an interval of {seconds} s is out of range; use {least} s to {} s",
-            INTERVAL_SECONDS.end()
-        )));
-    }
-    if settings.points > POINTS_MAX {
-        return Err(Error::Setting(format!(
-            "{} recovery points are too many; use 0 to {POINTS_MAX}",
-            settings.points
-        )));
-    }
-    Ok(())
-}
-
-async fn find_disks(row: &Protected, config: &Config) -> Result<Vec<KnownDisk>, Error> {
-    let vm = runner::connect(row, config).await?;
-    let found = match row.settings.nodes.as_slice() {
-        [] => vm.disks().await,
-        nodes => vm.resolve(nodes).await,
-    }
-    .map_err(cycle::qemu_failure)?;
-    if found.is_empty() {
-        return Err(Error::Setting(format!(
-            "QEMU at {} has no writable disk; name its block nodes with --disk",
-            row.settings.qmp.display()
-        )));
-    }
-    Ok(found
-        .into_iter()
-        .map(|disk| KnownDisk { node: disk.node, name: disk.name, size_bytes: disk.size_bytes })
-        .collect())
 }

@@ -12,8 +12,8 @@
 //!              DiskReader
 //! ```
 //!
-//! The cycle is written over these, so that the very same code runs against QEMU and a link, and against a
-//! simulated VM and a simulated link. What it relies on is said at each function.
+//! The cycle is written over these, so that the very same code runs against QEMU and a link ([`crate::Real`])
+//! and against a simulated VM and a simulated link. What it relies on is said at each function.
 //!
 //! * Every failure comes as a [`Failure`]: its code and whether it is transient is what the cycle judges by.
 //! * Any future may be dropped before it is ready: a cycle can be stopped, and a process killed, anywhere.
@@ -131,8 +131,10 @@ pub trait Guest: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Removes every leftover of an earlier run, wherever it was cut off, and makes bitmap `since` the only one:
-    /// newer ones are merged into it, older ones go. Where that cannot be had, none stays and
-    /// [`Guest::inspect`] says so. `None` leaves the bitmaps as they are.
+    /// newer ones are merged into it, older ones go. Where there is only one older that records, it becomes
+    /// `since`: a cycle was given up and its log has arrived, and what changed since an older moment holds what
+    /// changed since a newer one. Where that cannot be had either, none stays and [`Guest::inspect`] says so.
+    /// `None` leaves the bitmaps as they are.
     fn cleanup(
         &self,
         disks: &[Self::Disk],

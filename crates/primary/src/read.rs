@@ -8,23 +8,23 @@
 //! Memory is bounded by the requests in flight and the queue, whatever the disks' sizes.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
-use log::{Batcher, EncodedRecord, RawRecord};
+use log::{Batcher, RawRecord};
 use model::{CyclePlan, Progress, Purpose};
 use nbd::{DirtyExtent, ReadRequest};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
+use crate::compress::{Compress, Compression};
 use crate::cover::{DiskPart, parts};
-use crate::digests::Digests;
+use crate::digests::{BLOCK_BYTES, Digests};
 use crate::error::{Failure, FailureCode};
+use crate::ports::{DiskReader, Remote, Which};
 
-/// Connections per disk: QEMU serves each on its own, so two keep both of its sides busy.
-const CONNECTIONS: usize = 2;
 /// Read requests in flight per disk, of at most [`REQUEST_BYTES_MAX`] each.
 const REQUESTS_IN_FLIGHT: usize = 8;
 /// The largest read request, in bytes.
@@ -39,7 +39,7 @@ pub(crate) const QUEUE_RECORDS: usize = 8;
 /// What comes out of reading, in order.
 pub(crate) enum Item {
     /// A record, possibly still being compressed.
-    Record(JoinHandle<EncodedRecord>),
+    Record(Compression),
     /// Everything was read; the pass has come this far.
     End(Progress),
 }
@@ -54,43 +54,20 @@ pub(crate) struct PassLimits {
     pub time: Duration,
 }
 
-/// A captured disk as the reader sees it.
-pub(crate) struct DiskSource {
-    pub name: model::DiskName,
-    pub size_bytes: u64,
-    pub pool: nbd::Pool,
-    pub bitmap_context: Option<String>,
-}
-
-impl DiskSource {
-    pub async fn open(disk: &qemu::CapturedDisk) -> Result<Self, Failure> {
-        let mut contexts = vec!["base:allocation"];
-        contexts.extend(disk.bitmap_context.as_deref());
-        let pool = nbd::Pool::connect(&disk.nbd_socket, &disk.export, &contexts, CONNECTIONS)
-            .await
-            .map_err(|error| read_failure(&disk.name, &error))?;
-        Ok(Self {
-            name: disk.name.clone(),
-            size_bytes: disk.size_bytes,
-            pool,
-            bitmap_context: disk.bitmap_context.clone(),
-        })
-    }
-}
-
-pub(crate) struct Reader<'a> {
-    pub disks: &'a [DiskSource],
+pub(crate) struct Reader<'a, D, R> {
+    pub disks: &'a [D],
     pub plan: CyclePlan,
     pub limits: PassLimits,
+    pub compress: Compress,
     pub level: i32,
-    pub digests: Digests<'a>,
+    pub digests: Digests<'a, R>,
     pub items: mpsc::Sender<Item>,
 }
 
-impl Reader<'_> {
+impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
     /// Reads everything that the plan asks for.
     pub async fn run(mut self) -> Result<(), Failure> {
-        let sizes: Vec<u64> = self.disks.iter().map(|disk| disk.size_bytes).collect();
+        let sizes: Vec<u64> = self.disks.iter().map(DiskReader::size_bytes).collect();
         let total_bytes = sizes.iter().sum();
         let mut covered_bytes = self.plan.covered_bytes.min(total_bytes);
         let started = Instant::now();
@@ -118,7 +95,7 @@ impl Reader<'_> {
     async fn changes(&mut self, part: &DiskPart, batcher: &mut Batcher) -> Result<(), Failure> {
         let disk = &self.disks[part.disk];
         for stretch in by(STRETCH_BYTES, part.covered.clone()) {
-            let extents = disk.extents(stretch, true).await?;
+            let extents = disk.extents(stretch, Which::Changed).await?;
             self.read(disk, &extents, batcher).await?;
         }
         Ok(())
@@ -133,7 +110,7 @@ impl Reader<'_> {
         batcher: &mut Batcher,
     ) -> Result<u64, Failure> {
         let disk = &self.disks[part.disk];
-        let mut extents = disk.extents(stretch.clone(), false).await?;
+        let mut extents = disk.extents(stretch.clone(), Which::Data).await?;
         if self.plan.purpose == Purpose::Resync {
             return self.compare(disk, stretch, &extents, batcher).await;
         }
@@ -142,15 +119,10 @@ impl Reader<'_> {
         Ok(extents.iter().map(|extent| extent.len).sum())
     }
 
-    async fn read(
-        &self,
-        disk: &DiskSource,
-        extents: &[DirtyExtent],
-        batcher: &mut Batcher,
-    ) -> Result<(), Failure> {
+    async fn read(&self, disk: &D, extents: &[DirtyExtent], batcher: &mut Batcher) -> Result<(), Failure> {
         let (zeros, data): (Vec<_>, Vec<_>) = extents.iter().copied().partition(|extent| extent.zero);
         let mut zeros = zeros.into_iter().peekable();
-        let mut reads = disk.reads(nbd::read_plan(&data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
+        let mut reads = reads(disk, nbd::read_plan(&data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
         // Pieces reach the batcher in the order of the disk: zeros in between go first.
         while let Some((request, bytes)) = reads.try_next().await? {
             while let Some(zero) = zeros.next_if(|zero| zero.offset < request.offset) {
@@ -173,30 +145,29 @@ impl Reader<'_> {
     /// Compares a stretch with the replica by digests, block by block, and takes what differs.
     async fn compare(
         &mut self,
-        disk: &DiskSource,
+        disk: &D,
         stretch: Range<u64>,
         extents: &[DirtyExtent],
         batcher: &mut Batcher,
     ) -> Result<u64, Failure> {
-        let theirs = self.digests.of(&disk.name, stretch.clone()).await?;
-        let block_bytes = Digests::BLOCK_BYTES;
+        let theirs = self.digests.of(disk.name(), stretch.clone()).await?;
         // Blocks without any data are zeros: compared without being read.
-        let with_data = whole_blocks(extents.iter().filter(|extent| !extent.zero), block_bytes, stretch.end);
+        let with_data = whole_blocks(extents.iter().filter(|extent| !extent.zero), BLOCK_BYTES, stretch.end);
         let mut shipped = 0;
         let mut at = stretch.start;
-        let mut reads = disk.reads(nbd::read_plan(&with_data, 0, REQUEST_BYTES_MAX));
+        let mut reads = reads(disk, nbd::read_plan(&with_data, 0, REQUEST_BYTES_MAX));
         loop {
             let next = reads.try_next().await?;
             let until = next.as_ref().map_or(stretch.end, |(request, _)| request.offset);
-            for offset in (at..until).step_by(block_bytes as usize) {
-                let len = block_bytes.min(stretch.end - offset);
+            for offset in (at..until).step_by(BLOCK_BYTES as usize) {
+                let len = BLOCK_BYTES.min(stretch.end - offset);
                 if !theirs.is_zero(offset, len) {
                     self.emit(batcher.zero(offset, len)).await?;
                 }
             }
             let Some((request, bytes)) = next else { return Ok(shipped) };
             for (place, block) in
-                (request.offset..).step_by(block_bytes as usize).zip(bytes.chunks(block_bytes as usize))
+                (request.offset..).step_by(BLOCK_BYTES as usize).zip(bytes.chunks(BLOCK_BYTES as usize))
             {
                 if !theirs.matches(place, block) {
                     shipped += block.len() as u64;
@@ -210,9 +181,7 @@ impl Reader<'_> {
     /// Hands batches to the compressors; waits while too many are on their way.
     async fn emit(&self, batches: Vec<RawRecord>) -> Result<(), Failure> {
         for batch in batches {
-            let level = self.level;
-            let record = tokio::task::spawn_blocking(move || batch.encode(level));
-            self.send(Item::Record(record)).await?;
+            self.send(Item::Record(self.compress.start(batch, self.level))).await?;
         }
         Ok(())
     }
@@ -226,33 +195,20 @@ impl Reader<'_> {
     }
 }
 
-impl DiskSource {
-    /// The dirty (or, without `dirty_only`, all) extents of a stretch.
-    async fn extents(&self, stretch: Range<u64>, dirty_only: bool) -> Result<Vec<DirtyExtent>, Failure> {
-        let bitmap = if dirty_only { self.bitmap_context.as_deref() } else { None };
-        nbd::dirty_extents(&self.pool, bitmap, stretch)
-            .await
-            .map_err(|error| read_failure(&self.name, &error))
-    }
-
-    /// The bytes of each request, in the plan's order, several requests ahead.
-    fn reads(&self, plan: Vec<ReadRequest>) -> BoxStream<'static, Result<(ReadRequest, Bytes), Failure>> {
-        let (pool, name) = (self.pool.clone(), self.name.clone());
-        let read = move |request: ReadRequest| {
-            let (pool, name) = (pool.clone(), name.clone());
-            async move {
-                let bytes = pool.read(request.offset, request.len).await;
-                bytes.map(|bytes| (request, bytes)).map_err(|error| read_failure(&name, &error))
-            }
-        };
-        stream::iter(plan).map(read).buffered(REQUESTS_IN_FLIGHT).boxed()
-    }
-}
-
-/// A read of the fixed moment that fails is the moment's end, not the disk's: with
-/// `on-cbw-error=break-snapshot` QEMU reports EINVAL or EIO once the scratch is lost.
-fn read_failure(disk: &model::DiskName, error: &nbd::Error) -> Failure {
-    Failure::transient(FailureCode::Qemu, format!("reading disk {disk} at the cycle's moment: {error}"))
+/// The bytes of each request, in the plan's order, several requests ahead.
+fn reads<D: DiskReader>(
+    disk: &D,
+    plan: Vec<ReadRequest>,
+) -> BoxStream<'static, Result<(ReadRequest, Bytes), Failure>> {
+    let disk = disk.clone();
+    let read = move |request: ReadRequest| {
+        let disk = disk.clone();
+        async move {
+            let bytes = disk.read(request.offset, request.len).await?;
+            Ok((request, bytes))
+        }
+    };
+    stream::iter(plan).map(read).buffered(REQUESTS_IN_FLIGHT).boxed()
 }
 
 fn by(step: u64, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {

@@ -65,17 +65,29 @@ pub struct KnownDisk {
 /// Everything remembered of one protected VM.
 #[derive(Debug, Clone)]
 pub struct Protected {
+    /// Its id.
     pub vm: VmId,
+    /// Its name.
     pub name: VmName,
+    /// How it is protected.
     pub settings: Settings,
+    /// Its disks, as agreed with the replica.
     pub disks: Vec<KnownDisk>,
+    /// Where the relationship stands.
     pub phase: Phase,
+    /// Paused by a person.
     pub paused: bool,
+    /// What has been shipped.
     pub shipped: Shipped,
+    /// Since when it is protected.
     pub made_at: Timestamp,
+    /// The moment of the newest recovery point.
     pub point_at: Option<Timestamp>,
+    /// The moment of the newest application-consistent one.
     pub app_at: Option<Timestamp>,
+    /// Cycles failed in a row.
     pub failures: u32,
+    /// Why the last cycle failed.
     pub error: Option<Failure>,
 }
 
@@ -138,9 +150,13 @@ impl Protected {
     }
 }
 
-/// Makes the table if it is not there, and reads all rows.
+/// Makes the table if it is not there. Blocks.
+pub fn migrate(catalog: &Catalog) -> Result<(), catalog::Error> {
+    catalog.migrate("primary", TABLES)
+}
+
+/// Reads all rows, by name.
 pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
-    catalog.migrate("primary", TABLES)?;
     catalog.read(|c| {
         c.prepare("SELECT * FROM protected ORDER BY name")?.query_map([], Protected::get)?.collect()
     })
@@ -163,6 +179,7 @@ mod tests {
     async fn a_row_comes_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(dir.path().join("catalog.sqlite")).unwrap();
+        migrate(&catalog).unwrap();
         assert!(load(&catalog).unwrap().is_empty());
         let mut row = Protected {
             vm: VmId::from_bytes([1; 16]),

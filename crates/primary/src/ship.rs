@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use log::{Encoder, Footer, Header};
-use model::{Consistency, CyclePlan, Head, LogAttempt, LogClass, LogId, Progress, Purpose, Timestamp, VmId};
+use model::{
+    Consistency, CyclePlan, Head, LogAttempt, LogClass, LogId, LogNumber, Progress, Purpose, Timestamp, VmId,
+};
 use tokio::sync::mpsc;
-use wire::Uploader;
+use wire::RateLimiter;
 
 use crate::error::{Failure, FailureCode};
-use crate::link::{Link, link_failure};
+use crate::ports::{LogUpload, Ports, Remote, Upload};
 use crate::read::Item;
 
 /// A log is cut when it holds this many bytes of data or this many extents: bounds its index in memory
@@ -19,8 +21,10 @@ const LOG_DATA_BYTES_MAX: u64 = 4 << 30;
 const LOG_EXTENTS_MAX: usize = 1 << 20;
 
 /// What is common to all logs of a cycle.
-pub(crate) struct Cycle<'a> {
-    pub link: &'a Link,
+pub(crate) struct Cycle<'a, P: Ports> {
+    pub ports: &'a P,
+    pub remote: &'a P::Remote,
+    pub limiter: Option<&'a RateLimiter>,
     pub vm: VmId,
     pub disks: Vec<log::DiskInfo>,
     pub plan: CyclePlan,
@@ -39,12 +43,16 @@ pub(crate) struct Shipment {
 }
 
 /// Where the cycle writes down which log it is about to have made durable.
-pub(crate) trait Ledger {
-    async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure>;
-    async fn durable(&mut self, attempt: LogAttempt, makes_point: bool) -> Result<(), Failure>;
+pub(crate) trait Ledger: Send {
+    fn about_to_finish(&mut self, attempt: LogAttempt) -> impl Future<Output = Result<(), Failure>> + Send;
+    fn durable(
+        &mut self,
+        attempt: LogAttempt,
+        makes_point: bool,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
 }
 
-impl Cycle<'_> {
+impl<P: Ports> Cycle<'_, P> {
     /// Ships everything that arrives in `items` until its end.
     pub async fn ship(
         &self,
@@ -54,7 +62,7 @@ impl Cycle<'_> {
         let mut shipment = Shipment::default();
         let mut predecessor = self.plan.predecessor;
         let mut number = self.plan.next;
-        let mut log = self.begin(Head { number, id: new_log_id()? }, predecessor)?;
+        let mut log = self.begin(self.next_head(number)?, predecessor)?;
         while let Some(item) = items.recv().await {
             match item {
                 Item::Record(record) => {
@@ -62,10 +70,9 @@ impl Cycle<'_> {
                         let head = log.head;
                         log.finish(self, None, ledger, &mut shipment).await?;
                         (number, predecessor) = (number.next(), head.id);
-                        log = self.begin(Head { number, id: new_log_id()? }, predecessor)?;
+                        log = self.begin(self.next_head(number)?, predecessor)?;
                     }
-                    let record = record.await.map_err(|error| stopped(&error))?;
-                    log.record(record).await?;
+                    log.record(record.finish().await?).await?;
                 }
                 Item::End(progress) => {
                     log.finish(self, Some(progress), ledger, &mut shipment).await?;
@@ -76,7 +83,11 @@ impl Cycle<'_> {
         Err(Failure::transient(FailureCode::Stopped, "reading ended before its end"))
     }
 
-    fn begin(&self, head: Head, predecessor: LogId) -> Result<OpenLog, Failure> {
+    fn next_head(&self, number: LogNumber) -> Result<Head, Failure> {
+        Ok(Head { number, id: LogId::from_bytes(self.ports.random_id()?) })
+    }
+
+    fn begin(&self, head: Head, predecessor: LogId) -> Result<OpenLog<UploadOf<P>>, Failure> {
         let header = Header {
             vm: self.vm,
             id: head.id,
@@ -87,7 +98,12 @@ impl Cycle<'_> {
             disks: self.disks.clone(),
         };
         let encoder = Encoder::new(Vec::new(), &header).map_err(encode_failure)?;
-        let upload = self.link.upload(self.vm, head, self.patience);
+        let upload = self.remote.upload(LogUpload {
+            vm: self.vm,
+            head,
+            patience: self.patience,
+            limiter: self.limiter,
+        });
         Ok(OpenLog { head, encoder, upload })
     }
 
@@ -99,13 +115,15 @@ impl Cycle<'_> {
     }
 }
 
-struct OpenLog {
+type UploadOf<P> = <<P as Ports>::Remote as Remote>::Upload;
+
+struct OpenLog<U> {
     head: Head,
     encoder: Encoder<Vec<u8>>,
-    upload: Uploader,
+    upload: U,
 }
 
-impl OpenLog {
+impl<U: Upload> OpenLog<U> {
     fn is_full(&self) -> bool {
         self.encoder.raw_bytes() >= LOG_DATA_BYTES_MAX || self.encoder.extents() >= LOG_EXTENTS_MAX
     }
@@ -118,13 +136,13 @@ impl OpenLog {
     /// Passes on what the encoder has written so far.
     async fn drain(&mut self) -> Result<(), Failure> {
         let written = std::mem::take(self.encoder.get_mut());
-        self.upload.write(Bytes::from(written)).await.map_err(|error| link_failure(&error))
+        self.upload.write(Bytes::from(written)).await
     }
 
     /// Ends the log and waits until it is durable. `end` is given for the cycle's last log.
-    async fn finish(
+    async fn finish<P: Ports>(
         mut self,
-        cycle: &Cycle<'_>,
+        cycle: &Cycle<'_, P>,
         end: Option<Progress>,
         ledger: &mut impl Ledger,
         shipment: &mut Shipment,
@@ -133,7 +151,7 @@ impl OpenLog {
         let class = end.map_or(LogClass::Partial, |progress| cycle.class(progress));
         let footer = Footer { class, progress: end.unwrap_or_default() };
         let (summary, rest) = self.encoder.finish(footer).map_err(encode_failure)?;
-        self.upload.write(Bytes::from(rest)).await.map_err(|error| link_failure(&error))?;
+        self.upload.write(Bytes::from(rest)).await?;
         let attempt = LogAttempt {
             head: self.head,
             tracking: cycle.plan.next,
@@ -142,7 +160,7 @@ impl OpenLog {
         };
         // Before the replica can make it durable: if its answer is lost, this tells whose log it is.
         ledger.about_to_finish(attempt).await?;
-        self.upload.finish().await.map_err(|error| link_failure(&error))?;
+        self.upload.finish().await?;
         ledger.durable(attempt, class.point().is_some()).await?;
         shipment.logs += 1;
         shipment.log_bytes += summary.total_bytes;
@@ -152,23 +170,6 @@ impl OpenLog {
     }
 }
 
-fn new_log_id() -> Result<LogId, Failure> {
-    random_id().map(LogId::from_bytes)
-}
-
-/// Sixteen random bytes.
-pub(crate) fn random_id() -> Result<[u8; 16], Failure> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| {
-        Failure::transient(FailureCode::Catalog, format!("the system gave no random bytes: {error}"))
-    })?;
-    Ok(bytes)
-}
-
 fn encode_failure(error: log::Error) -> Failure {
     Failure::lasting(FailureCode::Encode, format!("the log could not be encoded: {error}"))
-}
-
-fn stopped(error: &tokio::task::JoinError) -> Failure {
-    Failure::transient(FailureCode::Stopped, format!("a compressor stopped: {error}"))
 }

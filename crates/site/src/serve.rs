@@ -76,7 +76,8 @@ async fn open(
     let catalog = Catalog::open(dir.join("catalog.sqlite"))?;
     let events = Events::open(catalog.clone())?;
     let peers = Arc::new(Peers::open(catalog.clone(), identity.clone())?);
-    let primary = Primary::open(catalog.clone(), primary_config(dir, &config)?, peers.clone())?;
+    let primary =
+        Primary::open(catalog.clone(), primary_config(&config), primary_ports(dir, &config, peers.clone())?)?;
     let store = {
         let (catalog, settings) = (catalog.clone(), store_config(dir, &config));
         let opened = tokio::task::spawn_blocking(move || Store::open(catalog, settings)).await;
@@ -98,20 +99,27 @@ fn folder(dir: &Path, name: &str) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-fn primary_config(dir: &Path, config: &Config) -> Result<primary::Config, Failure> {
-    Ok(primary::Config {
-        site_name: config.name.clone(),
+fn primary_ports(dir: &Path, config: &Config, peers: Arc<Peers>) -> Result<primary::Real, Failure> {
+    Ok(primary::Real {
+        peers,
         run_dir: folder(dir, "run")?,
         scratch_dir: folder(dir, "scratch")?,
         scratch_limit_bytes: config.replication.scratch_limit_mib << 20,
+    })
+}
+
+fn primary_config(config: &Config) -> primary::Config {
+    primary::Config {
+        site_name: config.name.clone(),
         compression_level: config.replication.compression_level,
+        compress: primary::Compress::Workers,
         initial_log_bytes: config.replication.initial_log_mib << 20,
         interval_min_s: config.replication.interval_min_s,
         backoff: config.backoff(),
         patience: Duration::from_secs(config.replication.patience_s),
         thresholds: config.thresholds(),
         cycles_at_once: config.replication.cycles_at_once,
-    })
+    }
 }
 
 fn store_config(dir: &Path, config: &Config) -> replica::Config {

@@ -1,0 +1,78 @@
+//! Begins to protect a VM.
+
+use std::sync::Arc;
+
+use model::{INTERVAL_SECONDS, POINTS_MAX, Shipped, VmId};
+
+use crate::ProtectRequest;
+use crate::error::Error;
+use crate::ports::{Disk, Guest, Ports};
+use crate::relationship::{Relationship, Shared, first_phase};
+use crate::rows::{self, KnownDisk, Protected, Settings};
+
+impl<P: Ports> Relationship<P> {
+    /// Finds the VM's disks and writes the relationship down. Nothing is replicated before its first cycle.
+    pub async fn protect(shared: &Arc<Shared<P>>, request: ProtectRequest) -> Result<Self, Error> {
+        let ProtectRequest { name, settings } = request;
+        check_settings(&settings, shared.config.interval_min_s)?;
+        if rows::load(&shared.catalog)?.iter().any(|row| row.name == name) {
+            return Err(Error::Exists(name));
+        }
+        let mut row = Protected {
+            vm: VmId::from_bytes(shared.ports.random_id()?),
+            name,
+            settings,
+            disks: Vec::new(),
+            phase: first_phase(0),
+            paused: false,
+            shipped: Shipped::NOTHING,
+            made_at: shared.now(),
+            point_at: None,
+            app_at: None,
+            failures: 0,
+            error: None,
+        };
+        if shared.ports.remote(&row.settings.peer).is_none() {
+            return Err(Error::Setting(format!(
+                "no peer is named {}; 'afterimage peer list' shows the ones there are",
+                row.settings.peer
+            )));
+        }
+        row.disks = find_disks(&row, &shared.ports).await?;
+        row.phase = first_phase(row.total_bytes());
+        row.save(&shared.catalog).await?;
+        Ok(Self::new(row, shared.clone()))
+    }
+}
+
+fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
+    let seconds = settings.interval.as_secs();
+    if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
+        return Err(Error::Setting(format!(
+            "an interval of {seconds} s is out of range; use {least} s to {} s",
+            INTERVAL_SECONDS.end()
+        )));
+    }
+    if settings.points > POINTS_MAX {
+        return Err(Error::Setting(format!(
+            "{} recovery points are too many; use 0 to {POINTS_MAX}",
+            settings.points
+        )));
+    }
+    Ok(())
+}
+
+async fn find_disks<P: Ports>(row: &Protected, ports: &P) -> Result<Vec<KnownDisk>, Error> {
+    let guest = ports.connect(row.vm, &row.settings).await?;
+    let found = match row.settings.nodes.as_slice() {
+        [] => guest.disks().await?,
+        nodes => guest.resolve(nodes).await?,
+    };
+    if found.is_empty() {
+        return Err(Error::Setting(format!(
+            "QEMU at {} has no writable disk; name its block nodes with --disk",
+            row.settings.qmp.display()
+        )));
+    }
+    Ok(found.iter().map(Disk::known).collect())
+}

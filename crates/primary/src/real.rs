@@ -1,0 +1,305 @@
+//! The ports of a site: QEMU, its NBD server, the wire, the system's clock and chance.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use model::{DiskName, LogNumber, Timestamp, Tracking, VmId};
+use nbd::DirtyExtent;
+use qemu::{NbdAccess, Vm, VmAddress};
+use serde_json::Value;
+use wire::{Client, DigestRequest, Offer, RelationshipStatus, Report, Uploader};
+
+use crate::error::{Failure, FailureCode};
+use crate::ports::{
+    Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload, Which,
+};
+use crate::rows::{KnownDisk, Settings};
+
+/// Connections per disk: QEMU serves each on its own, so two keep both of its sides busy.
+const CONNECTIONS: usize = 2;
+
+/// Finds the client for a peer; the site implements it from its table of peers.
+pub trait PeerClients: Send + Sync {
+    /// The client for the peer of this name; none if there is no such peer (any more).
+    fn client(&self, peer: &str) -> Option<Arc<Client>>;
+}
+
+/// QEMU on this machine, and the peers over HTTPS.
+pub struct Real {
+    /// The peers.
+    pub peers: Arc<dyn PeerClients>,
+    /// Where sockets are made (short path: a unix socket's path has at most 107 bytes).
+    pub run_dir: PathBuf,
+    /// Where the guests' overwritten bytes go while a moment is fixed.
+    pub scratch_dir: PathBuf,
+    /// The most that one cycle's scratch may take, in bytes; the cycle is given up before it takes more.
+    pub scratch_limit_bytes: u64,
+}
+
+impl Ports for Real {
+    type Guest = QemuGuest;
+    type Remote = WireRemote;
+
+    async fn connect(&self, vm: VmId, settings: &Settings) -> Result<QemuGuest, Failure> {
+        let nbd = match &settings.nbd {
+            Some(socket) => NbdAccess::Existing(socket.clone()),
+            None => NbdAccess::Own(self.run_dir.clone()),
+        };
+        let address = VmAddress { id: vm, qmp: settings.qmp.clone(), nbd };
+        Ok(QemuGuest {
+            vm: Vm::connect(address).await.map_err(qemu_failure)?,
+            scratch_dir: self.scratch_dir.clone(),
+            scratch_limit_bytes: self.scratch_limit_bytes,
+        })
+    }
+
+    fn remote(&self, peer: &str) -> Option<WireRemote> {
+        self.peers.client(peer).map(WireRemote)
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from(std::time::SystemTime::now())
+    }
+
+    fn random_id(&self) -> Result<[u8; 16], Failure> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(|error| {
+            Failure::transient(FailureCode::Catalog, format!("the system gave no random bytes: {error}"))
+        })?;
+        Ok(bytes)
+    }
+}
+
+/// A VM by its QEMU.
+pub struct QemuGuest {
+    vm: Vm,
+    scratch_dir: PathBuf,
+    scratch_limit_bytes: u64,
+}
+
+impl QemuGuest {
+    fn request(&self, asked: &CaptureRequest<'_, qemu::Disk>) -> qemu::CaptureRequest {
+        qemu::CaptureRequest {
+            disks: asked.disks.to_vec(),
+            base: asked.base,
+            next: asked.next,
+            scratch_dir: self.scratch_dir.clone(),
+            scratch_limit_bytes: self.scratch_limit_bytes,
+        }
+    }
+}
+
+impl Guest for QemuGuest {
+    type Disk = qemu::Disk;
+    type Capture = qemu::Capture;
+
+    fn is_alive(&self) -> bool {
+        self.vm.is_alive()
+    }
+
+    async fn disks(&self) -> Result<Vec<qemu::Disk>, Failure> {
+        self.vm.disks().await.map_err(qemu_failure)
+    }
+
+    async fn resolve(&self, nodes: &[String]) -> Result<Vec<qemu::Disk>, Failure> {
+        self.vm.resolve(nodes).await.map_err(qemu_failure)
+    }
+
+    async fn definition(&self) -> Result<Value, Failure> {
+        self.vm.definition().await.map_err(qemu_failure)
+    }
+
+    async fn inspect(&self, disks: &[qemu::Disk], since: LogNumber) -> Result<Tracking, Failure> {
+        self.vm.inspect(disks, since).await.map_err(qemu_failure)
+    }
+
+    async fn pending_bytes(&self, disks: &[qemu::Disk], since: LogNumber) -> Result<u64, Failure> {
+        self.vm.pending_bytes(disks, since).await.map_err(qemu_failure)
+    }
+
+    async fn begin_capture(&self, request: CaptureRequest<'_, qemu::Disk>) -> Result<qemu::Capture, Failure> {
+        self.vm.begin_capture(self.request(&request)).await.map_err(qemu_failure)
+    }
+
+    async fn begin_capture_frozen(
+        &self,
+        request: CaptureRequest<'_, qemu::Disk>,
+        agent: &Path,
+    ) -> Result<(qemu::Capture, Result<(), String>), Failure> {
+        let begun = self.vm.begin_capture_frozen(self.request(&request), agent).await;
+        let (capture, frozen) = begun.map_err(qemu_failure)?;
+        Ok((capture, frozen.map_err(|error| error.to_string())))
+    }
+
+    async fn end_reading(&self, capture: qemu::Capture) -> Result<(), Failure> {
+        self.vm.end_reading(capture).await.map_err(qemu_failure)
+    }
+
+    async fn commit(
+        &self,
+        disks: &[qemu::Disk],
+        base: Option<LogNumber>,
+        next: LogNumber,
+    ) -> Result<(), Failure> {
+        self.vm.commit(disks, base, next).await.map_err(qemu_failure)
+    }
+
+    async fn give_back(
+        &self,
+        disks: &[qemu::Disk],
+        base: Option<LogNumber>,
+        next: LogNumber,
+    ) -> Result<(), Failure> {
+        self.vm.give_back(disks, base, next).await.map_err(qemu_failure)
+    }
+
+    async fn cleanup(&self, disks: &[qemu::Disk], since: Option<LogNumber>) -> Result<(), Failure> {
+        self.vm.cleanup(disks, since).await.map_err(qemu_failure)
+    }
+
+    async fn stop_tracking(&self, disks: &[qemu::Disk]) -> Result<(), Failure> {
+        self.vm.stop_tracking(disks).await.map_err(qemu_failure)
+    }
+}
+
+impl Disk for qemu::Disk {
+    fn known(&self) -> KnownDisk {
+        KnownDisk { node: self.node.clone(), name: self.name.clone(), size_bytes: self.size_bytes }
+    }
+}
+
+impl Capture for qemu::Capture {
+    type Reader = NbdReader;
+
+    fn moment(&self) -> Timestamp {
+        self.moment
+    }
+
+    async fn readers(&self) -> Result<Vec<NbdReader>, Failure> {
+        let mut readers = Vec::with_capacity(self.disks.len());
+        for disk in &self.disks {
+            readers.push(NbdReader::open(disk).await?);
+        }
+        Ok(readers)
+    }
+
+    async fn watch(&self) -> Failure {
+        qemu_failure(qemu::Capture::watch(self).await)
+    }
+}
+
+/// A captured disk over several NBD connections.
+#[derive(Clone)]
+pub struct NbdReader {
+    disk: Arc<qemu::CapturedDisk>,
+    pool: nbd::Pool,
+}
+
+impl NbdReader {
+    async fn open(disk: &qemu::CapturedDisk) -> Result<Self, Failure> {
+        let mut contexts = vec![nbd::BASE_ALLOCATION];
+        contexts.extend(disk.bitmap_context.as_deref());
+        let pool = nbd::Pool::connect(&disk.nbd_socket, &disk.export, &contexts, CONNECTIONS)
+            .await
+            .map_err(|error| read_failure(&disk.name, &error))?;
+        Ok(Self { disk: Arc::new(disk.clone()), pool })
+    }
+}
+
+impl DiskReader for NbdReader {
+    fn name(&self) -> &DiskName {
+        &self.disk.name
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes
+    }
+
+    async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
+        let bitmap = match which {
+            Which::Changed => self.disk.bitmap_context.as_deref(),
+            Which::Data => None,
+        };
+        let extents = nbd::dirty_extents(&self.pool, bitmap, range).await;
+        extents.map_err(|error| read_failure(&self.disk.name, &error))
+    }
+
+    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Failure> {
+        self.pool.read(offset, len).await.map_err(|error| read_failure(&self.disk.name, &error))
+    }
+}
+
+/// A peer's site over HTTPS.
+#[derive(Clone)]
+pub struct WireRemote(Arc<Client>);
+
+impl Remote for WireRemote {
+    type Upload = Uploader;
+
+    async fn offer(&self, offer: &Offer) -> Result<RelationshipStatus, Failure> {
+        self.0.offer(offer).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn report(&self, vm: VmId, report: &Report) -> Result<(), Failure> {
+        self.0.report(vm, report).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn withdraw(&self, vm: VmId) -> Result<(), Failure> {
+        self.0.withdraw(vm).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn digests(&self, vm: VmId, request: &DigestRequest) -> Result<Vec<[u8; 16]>, Failure> {
+        self.0.digests(vm, request).await.map_err(|error| link_failure(&error))
+    }
+
+    fn upload(&self, log: LogUpload<'_>) -> Uploader {
+        let LogUpload { vm, head, patience, limiter } = log;
+        Uploader::new(self.0.clone(), vm, head.number, head.id, patience, limiter.cloned())
+    }
+}
+
+impl Upload for Uploader {
+    async fn write(&mut self, bytes: Bytes) -> Result<(), Failure> {
+        Uploader::write(self, bytes).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn finish(self) -> Result<(), Failure> {
+        Uploader::finish(self).await.map_err(|error| link_failure(&error))
+    }
+}
+
+/// What QEMU refuses is tried again: disks come back, jobs of other tools end, a scratch empties.
+fn qemu_failure(error: qemu::Error) -> Failure {
+    let code = match &error {
+        qemu::Error::ScratchFull { .. } => FailureCode::ScratchFull,
+        error if error.is_gone() => FailureCode::QemuGone,
+        _ => FailureCode::Qemu,
+    };
+    Failure::transient(code, error.to_string())
+}
+
+/// A read of the fixed moment that fails is the moment's end, not the disk's: with
+/// `on-cbw-error=break-snapshot` QEMU reports EINVAL or EIO once the scratch is lost.
+fn read_failure(disk: &DiskName, error: &nbd::Error) -> Failure {
+    Failure::transient(FailureCode::Qemu, format!("reading disk {disk} at the cycle's moment: {error}"))
+}
+
+/// Sorts what the link says into what may clear by itself and what may not.
+fn link_failure(error: &wire::Error) -> Failure {
+    let message = error.to_string();
+    match error.kind() {
+        wire::ErrorKind::WrongCertificate => Failure::lasting(FailureCode::Certificate, message),
+        // Our certificate is not (or no longer) one that the replica's site trusts.
+        wire::ErrorKind::Forbidden if error.has_code(wire::codes::UNKNOWN_PEER) => {
+            Failure::lasting(FailureCode::Certificate, message)
+        }
+        wire::ErrorKind::Unauthorized => Failure::lasting(FailureCode::Certificate, message),
+        wire::ErrorKind::Forbidden => Failure::lasting(FailureCode::NotAuthorized, message),
+        wire::ErrorKind::Refused => {
+            Failure { code: FailureCode::ReplicaRefused, message, transient: error.transient() }
+        }
+        _ => Failure::transient(FailureCode::Link, message),
+    }
+}

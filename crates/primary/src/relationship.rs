@@ -1,0 +1,341 @@
+//! One protected VM: what it remembers, and what can be done with it, one thing at a time.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use catalog::Catalog;
+use model::{ApplyState, HealthInput, Phase, Progress, ResyncReason, Timestamp, assess};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use wire::{RateLimiter, Report};
+
+use crate::cycle::CycleReport;
+use crate::error::{Error, Failure, FailureCode};
+use crate::ports::{Guest, Ports, Remote};
+use crate::rows::{self, Protected};
+use crate::{Config, VmStatus};
+
+/// Of the latest this many cycles, status tells how many were missed.
+const WINDOW_CYCLES: usize = 100;
+
+/// What the relationships of a site share.
+pub struct Shared<P> {
+    pub(crate) catalog: Catalog,
+    pub(crate) config: Arc<Config>,
+    pub(crate) ports: P,
+    /// Cycles at once, over all VMs: bounds memory and what the guests' host feels.
+    cycles: Semaphore,
+}
+
+impl<P: Ports> Shared<P> {
+    /// Makes sure of the tables in the catalog. Blocks.
+    pub fn open(catalog: Catalog, config: Config, ports: P) -> Result<Arc<Self>, Error> {
+        rows::migrate(&catalog)?;
+        let cycles = Semaphore::new(config.cycles_at_once.max(1));
+        Ok(Arc::new(Self { catalog, config: Arc::new(config), ports, cycles }))
+    }
+
+    /// The ports.
+    pub fn ports(&self) -> &P {
+        &self.ports
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.ports.now()
+    }
+}
+
+/// One protected VM. It does something only when it is asked to, on its caller's task: a site's runner asks it
+/// when a cycle is due, a simulation whenever it likes.
+///
+/// It can be dropped, and any of its futures too, at any time, as when the process is killed: what it must
+/// know is in the catalog, and [`Relationship::load`] goes on from there.
+pub struct Relationship<P: Ports> {
+    pub(crate) row: Protected,
+    pub(crate) shared: Arc<Shared<P>>,
+    /// The last cycle ended well, so both sides are known to agree.
+    pub(crate) squared: bool,
+    pub(crate) stop: CancellationToken,
+    pub(crate) limiter: Option<RateLimiter>,
+    guest: Option<Arc<P::Guest>>,
+    next_at: Timestamp,
+    last_cycle: Option<CycleReport>,
+    outcomes: VecDeque<bool>,
+    sent_bytes: u64,
+    pending_bytes: Option<u64>,
+    stopper: Stopper,
+    status: Arc<Mutex<VmStatus>>,
+}
+
+/// Ends a running cycle early, from another task.
+#[derive(Debug, Clone, Default)]
+pub struct Stopper(Arc<Mutex<CancellationToken>>);
+
+impl Stopper {
+    /// Ends the cycle that is running, if there is one.
+    pub fn stop_cycle(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+    }
+
+    /// The token of a new cycle.
+    fn renew(&self) -> CancellationToken {
+        let token = CancellationToken::new();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = token.clone();
+        token
+    }
+}
+
+impl<P: Ports> Relationship<P> {
+    /// All that the catalog remembers, by name.
+    pub fn load(shared: &Arc<Shared<P>>) -> Result<Vec<Self>, Error> {
+        let rows = rows::load(&shared.catalog)?;
+        Ok(rows.into_iter().map(|row| Self::new(row, shared.clone())).collect())
+    }
+
+    pub(crate) fn new(row: Protected, shared: Arc<Shared<P>>) -> Self {
+        let stopper = Stopper::default();
+        Self {
+            next_at: shared.now(),
+            limiter: row.settings.bandwidth_bytes_per_s.map(RateLimiter::new),
+            status: Arc::new(Mutex::new(VmStatus::starting(&row))),
+            row,
+            shared,
+            squared: false,
+            stop: stopper.renew(),
+            guest: None,
+            last_cycle: None,
+            outcomes: VecDeque::new(),
+            sent_bytes: 0,
+            pending_bytes: None,
+            stopper,
+        }
+    }
+
+    /// What the catalog remembers of it.
+    pub fn row(&self) -> &Protected {
+        &self.row
+    }
+
+    /// What ends its running cycle.
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
+    }
+
+    /// How long until a cycle is due by itself; none while it is not.
+    pub fn due_in(&self) -> Option<Duration> {
+        let blocked = self.row.paused || self.row.error.as_ref().is_some_and(|failure| !failure.transient);
+        (!blocked).then(|| self.next_at.since(self.shared.now()))
+    }
+
+    /// Asks a VM that is connected how much has changed since the last cycle.
+    pub async fn look(&mut self) {
+        let Some(guest) = self.guest.clone().filter(|guest| guest.is_alive()) else { return };
+        self.pending_bytes = match guest.resolve(&self.row.nodes()).await {
+            Ok(disks) => guest.pending_bytes(&disks, self.row.shipped.tracking).await.ok(),
+            Err(_) => None,
+        };
+    }
+
+    /// Runs cycles until one made a point.
+    pub async fn sync(&mut self) -> Result<(), Failure> {
+        if self.row.paused {
+            let message = format!("replication of {} is paused; 'afterimage resume' first", self.row.name);
+            return Err(Failure::lasting(FailureCode::Stopped, message));
+        }
+        loop {
+            let before = self.row.phase.clone();
+            match self.cycle_now().await {
+                Ok(report) if report.point.is_some() => return Ok(()),
+                Ok(_) => {}
+                // A resynchronization that has just become necessary is a part of the way, not its end.
+                Err(failure)
+                    if failure.code == FailureCode::ResyncRequired
+                        && !matches!(before, Phase::ResyncRequired { .. }) => {}
+                Err(failure) => return Err(failure),
+            }
+            self.publish();
+        }
+    }
+
+    /// Stops cycles; the VM goes on tracking changes.
+    pub async fn pause(&mut self) -> Result<(), Failure> {
+        self.set_paused(true).await
+    }
+
+    /// Lets cycles run again, at once, whatever stopped them.
+    pub async fn resume(&mut self) -> Result<(), Failure> {
+        self.row.error = None;
+        self.row.failures = 0;
+        self.next_at = self.shared.now();
+        self.set_paused(false).await
+    }
+
+    async fn set_paused(&mut self, paused: bool) -> Result<(), Failure> {
+        self.row.paused = paused;
+        self.row.save(&self.shared.catalog).await?;
+        self.tell_replica().await;
+        Ok(())
+    }
+
+    /// Has the next cycles compare both sides and send what differs.
+    pub async fn resync(&mut self) -> Result<(), Failure> {
+        if matches!(self.row.phase, Phase::InitialReplication { .. }) && self.row.shipped.acked.number.0 == 0
+        {
+            return Ok(()); // nothing has been shipped: there is nothing to compare with
+        }
+        self.require_resync(ResyncReason::Requested).await?;
+        self.resume().await
+    }
+
+    /// Leaves nothing of ours in the VM, and tells the replica; the row stays.
+    pub async fn forget(&mut self) -> Result<(), Failure> {
+        let nodes = self.row.nodes();
+        // A VM that is gone has no bitmaps of ours any more.
+        if let Ok(guest) = self.connect_guest().await
+            && let Ok(disks) = guest.resolve(&nodes).await
+        {
+            guest.cleanup(&disks, None).await?;
+            guest.stop_tracking(&disks).await?;
+        }
+        if let Ok(remote) = self.remote() {
+            let _ = remote.withdraw(self.row.vm).await;
+        }
+        Ok(())
+    }
+
+    /// Runs one cycle, whether it is due or not, and books how it ended. Waits while too many others run.
+    pub async fn cycle_now(&mut self) -> Result<CycleReport, Failure> {
+        let shared = self.shared.clone();
+        let _turn = shared
+            .cycles
+            .acquire()
+            .await
+            .map_err(|_| Failure::transient(FailureCode::Stopped, "the site is stopping"))?;
+        self.stop = self.stopper.renew();
+        let started = self.shared.now();
+        let outcome = self.cycle().await;
+        self.settle(started, &outcome).await;
+        outcome
+    }
+
+    /// Books a cycle: when the next one is due, and what to show.
+    async fn settle(&mut self, started: Timestamp, outcome: &Result<CycleReport, Failure>) {
+        let now = self.shared.now();
+        let interval = self.row.settings.interval;
+        self.outcomes.push_front(outcome.is_ok() && now.since(started) <= interval);
+        self.outcomes.truncate(WINDOW_CYCLES);
+        match outcome {
+            Ok(report) => {
+                self.row.failures = 0;
+                self.row.error = None;
+                self.sent_bytes += report.log_bytes;
+                self.pending_bytes = Some(0);
+                self.last_cycle = Some(report.clone());
+                // A pass goes on at once. A cycle that took longer than its interval is not made up for.
+                let pause = if report.point.is_some() { interval } else { Duration::ZERO };
+                self.next_at = started.plus(pause).max(now);
+            }
+            Err(failure) => {
+                tracing::warn!(vm = %self.row.name, error = %failure, "a cycle failed");
+                self.guest = self.guest.take().filter(|_| failure.code != FailureCode::QemuGone);
+                self.squared = false;
+                let before = self.row.error.replace(failure.clone()).map(|failure| failure.code);
+                // What the next cycle mends is no reason to wait, unless it has just failed to mend it.
+                let at_once = match failure.code {
+                    FailureCode::Stopped => true,
+                    FailureCode::ResyncRequired => before != Some(FailureCode::ResyncRequired),
+                    _ => false,
+                };
+                if at_once {
+                    self.next_at = now;
+                } else {
+                    self.row.failures += 1;
+                    self.next_at = now.plus(self.shared.config.backoff.delay(self.row.failures));
+                }
+                if !failure.transient {
+                    self.tell_replica().await;
+                }
+            }
+        }
+        if let Err(error) = self.row.save(&self.shared.catalog).await {
+            tracing::error!(vm = %self.row.name, %error, "the cycle could not be written down");
+        }
+    }
+
+    /// Tells the replica's site where we stand, as far as it can be reached.
+    pub(crate) async fn tell_replica(&self) {
+        let report = Report {
+            phase: self.row.phase.clone(),
+            error: self.row.error.as_ref().filter(|failure| !failure.transient).map(|f| f.message.clone()),
+            paused: self.row.paused,
+        };
+        if let Ok(remote) = self.remote()
+            && let Err(error) = remote.report(self.row.vm, &report).await
+        {
+            tracing::debug!(vm = %self.row.name, %error, "the replica was not told");
+        }
+    }
+
+    /// The connection to the VM; kept over cycles, made again when it is gone.
+    pub(crate) async fn connect_guest(&mut self) -> Result<Arc<P::Guest>, Failure> {
+        if let Some(guest) = self.guest.as_ref().filter(|guest| guest.is_alive()) {
+            return Ok(guest.clone());
+        }
+        let guest = Arc::new(self.shared.ports.connect(self.row.vm, &self.row.settings).await?);
+        self.squared = false;
+        self.guest = Some(guest.clone());
+        Ok(guest)
+    }
+
+    pub(crate) fn remote(&self) -> Result<P::Remote, Failure> {
+        let peer = &self.row.settings.peer;
+        self.shared.ports.remote(peer).ok_or_else(|| {
+            Failure::lasting(
+                FailureCode::UnknownPeer,
+                format!("the peer {peer} of VM {} is not known; accept an invite of it, then run 'afterimage resume'", self.row.name),
+            )
+        })
+    }
+
+    /// What there is to say of it now.
+    pub fn status(&self) -> VmStatus {
+        let missed = self.outcomes.iter().filter(|&&met| !met).count();
+        let health = assess(
+            &HealthInput {
+                phase: &self.row.phase,
+                apply: &ApplyState::Idle,
+                paused: self.row.paused,
+                last_log_at: self.row.point_at.unwrap_or(self.row.made_at),
+                interval: self.row.settings.interval,
+                missed: (missed as u32, self.outcomes.len() as u32),
+                error: self.row.error.as_ref().filter(|f| !f.transient).map(|f| f.message.as_str()),
+            },
+            &self.shared.config.thresholds,
+            self.shared.now(),
+        );
+        VmStatus {
+            health,
+            last_cycle: self.last_cycle.clone(),
+            pending_bytes: self.pending_bytes,
+            next_at: self.next_at,
+            sent_bytes: self.sent_bytes,
+            ..VmStatus::starting(&self.row)
+        }
+    }
+
+    /// Where other tasks see its status, as it was last published.
+    pub(crate) fn published(&self) -> Arc<Mutex<VmStatus>> {
+        self.status.clone()
+    }
+
+    /// Shows its status to other tasks.
+    pub(crate) fn publish(&self) {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = self.status();
+    }
+}
+
+/// Where a relationship starts.
+pub(crate) fn first_phase(total_bytes: u64) -> Phase {
+    Phase::InitialReplication { progress: Progress { covered_bytes: 0, total_bytes } }
+}
