@@ -4,6 +4,7 @@
 //! * WAL and `synchronous=FULL`: a change is on the disk before its caller hears of it.
 //! * One writer thread; changes that wait at the same time share one commit (and one fsync), each in
 //!   a savepoint of its own, so that one that fails takes nothing with it.
+//! * [`Catalog::in_memory`] is the same without a file and without a thread: a change is made on its caller's.
 //! * Each crate brings its own tables as numbered migrations under its own name.
 //!
 //! What it does not do: know what is in the tables. The log files hold the data; the catalog can be
@@ -12,7 +13,7 @@
 pub mod column;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 pub use rusqlite::{self, OptionalExtension, Transaction, params};
 use rusqlite::{Connection, OpenFlags};
@@ -65,8 +66,17 @@ const GROUP_MAX: usize = 256;
 #[derive(Clone)]
 pub struct Catalog {
     path: Arc<PathBuf>,
-    writer: mpsc::Sender<Change>,
+    writer: Writer,
     reader: Arc<Mutex<Connection>>,
+}
+
+/// Where changes are made.
+#[derive(Clone)]
+enum Writer {
+    /// On a thread of their own, those together that wait together.
+    Thread(mpsc::Sender<Change>),
+    /// Where they are asked for, one by one, on the connection that is read from too.
+    Caller,
 }
 
 impl Catalog {
@@ -86,7 +96,21 @@ impl Catalog {
             .name("catalog".into())
             .spawn(move || write_loop(&mut connection, &changes, &shown))
             .expect("a thread can be started");
+        let writer = Writer::Thread(writer);
         Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)) })
+    }
+
+    /// A catalog that has no file: it lives as long as one of its clones does. Changes are made on the thread
+    /// that asks for them, so the same calls in the same order have the same outcome. A query within a
+    /// [`Catalog::read`] must not make a change: there is one connection.
+    pub fn in_memory() -> Result<Self, Error> {
+        let path = PathBuf::from(":memory:");
+        let opened = Connection::open_in_memory().and_then(|connection| {
+            connection.pragma_update(None, "foreign_keys", true)?;
+            Ok(connection)
+        });
+        let reader = opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
+        Ok(Self { path: Arc::new(path), writer: Writer::Caller, reader: Arc::new(Mutex::new(reader)) })
     }
 
     /// Brings `owner`'s tables to the newest of `migrations` (each one or more SQL statements).
@@ -135,8 +159,11 @@ impl Catalog {
 
     /// Reads what has been committed. Short: small tables, from memory.
     pub fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Error> {
-        let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        query(&reader).map_err(|source| self.error(source))
+        query(&self.connection()).map_err(|source| self.error(source))
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn send<T: Send + 'static>(
@@ -149,7 +176,13 @@ impl Catalog {
             // A change that was made is not done before the group's commit is.
             Box::new(move |committed| answer(committed.and(result)))
         });
-        self.writer.send(job).map_err(|_| self.closed())
+        match &self.writer {
+            Writer::Thread(writer) => writer.send(job).map_err(|_| self.closed()),
+            Writer::Caller => {
+                commit(&mut self.connection(), vec![job], &self.path);
+                Ok(())
+            }
+        }
     }
 
     fn error(&self, source: rusqlite::Error) -> Error {
@@ -183,19 +216,23 @@ fn in_savepoint<T>(
 
 fn write_loop(connection: &mut Connection, changes: &mpsc::Receiver<Change>, path: &Path) {
     while let Ok(first) = changes.recv() {
-        let group: Vec<Change> =
-            std::iter::once(first).chain(changes.try_iter().take(GROUP_MAX - 1)).collect();
-        let mut answers = Vec::with_capacity(group.len());
-        let committed = connection.transaction().and_then(|tx| {
-            answers.extend(group.into_iter().map(|change| change(&tx)));
-            tx.commit()
-        });
-        if let Err(error) = &committed {
-            tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");
-        }
-        for answer in answers {
-            answer(committed.as_ref().copied().map_err(again));
-        }
+        let group = std::iter::once(first).chain(changes.try_iter().take(GROUP_MAX - 1)).collect();
+        commit(connection, group, path);
+    }
+}
+
+/// Makes some changes in one transaction, and then answers each.
+fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path) {
+    let mut answers = Vec::with_capacity(group.len());
+    let committed = connection.transaction().and_then(|tx| {
+        answers.extend(group.into_iter().map(|change| change(&tx)));
+        tx.commit()
+    });
+    if let Err(error) = &committed {
+        tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");
+    }
+    for answer in answers {
+        answer(committed.as_ref().copied().map_err(again));
     }
 }
 
@@ -233,6 +270,53 @@ mod tests {
         });
         assert!(failed.is_err());
         assert_eq!(count(&catalog), 1);
+    }
+
+    #[test]
+    fn without_a_file_it_is_the_same_and_lives_as_long_as_a_clone() {
+        let catalog = Catalog::in_memory().unwrap();
+        catalog.migrate("test", TABLES).unwrap();
+        let here = std::thread::current().id();
+        let there = catalog.write(move |_| Ok(std::thread::current().id())).unwrap();
+        assert_eq!(here, there, "a change is made on its caller's thread");
+        let failed = catalog.write(|tx| {
+            tx.execute("INSERT INTO t VALUES (1)", [])?;
+            tx.execute("INSERT INTO t VALUES (1)", [])
+        });
+        assert!(failed.is_err());
+        assert_eq!(count(&catalog), 0);
+        let clone = catalog.clone();
+        drop(catalog);
+        clone.write(|tx| tx.execute("INSERT INTO t VALUES (1)", [])).unwrap();
+        assert_eq!((count(&clone.clone()), count(&clone)), (1, 1));
+        assert!(clone.write(|tx| tx.execute("INSERT INTO other VALUES (1)", [])).is_err());
+        assert_eq!(count(&clone), 1);
+        let other = Catalog::in_memory().unwrap();
+        other.migrate("test", TABLES).unwrap();
+        assert_eq!(count(&other), 0, "another one is another one");
+    }
+
+    #[test]
+    fn without_a_file_foreign_keys_hold_and_async_callers_are_answered_at_once() {
+        let catalog = Catalog::in_memory().unwrap();
+        catalog
+            .migrate(
+                "test",
+                &["CREATE TABLE a (n INTEGER PRIMARY KEY) STRICT;
+                CREATE TABLE t (n INTEGER REFERENCES a ON DELETE CASCADE) STRICT;"],
+            )
+            .unwrap();
+        let insert = |table: &str| format!("INSERT INTO {table} VALUES (1)");
+        let [a, t] = ["a", "t"].map(insert);
+        let early = t.clone();
+        assert!(catalog.write(move |tx| tx.execute(&early, [])).is_err(), "there is no such row to point to");
+        let change = catalog.change(move |tx| tx.execute(&a, []).and_then(|_| tx.execute(&t, [])));
+        let change = std::pin::pin!(change);
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(change.poll(&mut context), std::task::Poll::Ready(Ok(1))));
+        assert_eq!(count(&catalog), 1);
+        catalog.write(|tx| tx.execute("DELETE FROM a", [])).unwrap();
+        assert_eq!(count(&catalog), 0);
     }
 
     #[test]
