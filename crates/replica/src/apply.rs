@@ -9,21 +9,18 @@
 //! Everything that is folded in is in every view that is open, so no view notices.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use chain::{ApplyPlan, Overlay, OverlayBuilder, RecordWork, apply_batches};
+use files::File;
 use log::RecordEntry;
 use model::{ApplyState, DiskName, LogNumber};
 
 use crate::changemap::ChangeMap;
 use crate::error::{Error, Result};
-use crate::files::{
-    Folder, forget_cached, make_zero, open_or_create, remove_file, start_writeback, sync_folder,
-};
+use crate::folder::Folder;
 use crate::maintain::Step;
 use crate::rows::{self, Applying, Base};
 use crate::step::durable_step;
@@ -54,7 +51,7 @@ struct BatchLog {
 
 /// The flat file of a disk that the batch touches.
 struct Target {
-    file: File,
+    file: Arc<dyn File>,
     path: PathBuf,
 }
 
@@ -144,14 +141,12 @@ impl Store {
         durable_step("replica::apply::committed");
         state.logs.retain(|number, _| *number > through);
         state.apply = ApplyState::Idle;
-        let logs = &state.logs;
-        let whole: Vec<_> =
-            state.not_worthwhile.iter().filter(|g| g.iter().all(|n| logs.contains_key(n))).cloned().collect();
-        state.not_worthwhile = whole.into_iter().collect();
+        let State { logs, not_worthwhile, .. } = &mut *state;
+        not_worthwhile.retain(|group| group.iter().all(|number| logs.contains_key(number)));
         drop(state);
         for log in &job.logs {
             // Views that have it open go on reading it. What stays for now is removed at the next start.
-            if let Err(error) = remove_file(&job.folder.log(&log.row.file)) {
+            if let Err(error) = job.folder.files.remove_file(&job.folder.log(&log.row.file)) {
                 tracing::warn!(%error, "an applied log's file stays for now");
             }
         }
@@ -187,7 +182,7 @@ impl Store {
         for target in targets.values() {
             target.file.sync_all().map_err(Error::io("syncing", &target.path))?;
         }
-        sync_folder(&job.folder.disks())?;
+        job.folder.files.sync_folder(&job.folder.disks())?;
         durable_step("replica::apply::synced");
         base.applied = job.through;
         Ok((base, written))
@@ -219,7 +214,7 @@ impl Store {
     ) -> Result<u64> {
         for (disk, extent) in &plan.zeros {
             let target = &targets[disk];
-            make_zero(&target.file, extent.offset, extent.len).map_err(Error::io("writing", &target.path))?;
+            target.file.make_zero(extent.offset, extent.len).map_err(Error::io("writing", &target.path))?;
         }
         let work: Vec<RecordWork<'_>> = plan.records().collect();
         let runs: Vec<&[RecordWork<'_>]> = work.chunks(RUN_RECORDS).collect();
@@ -253,7 +248,8 @@ fn raise_maps(job: &ApplyJob, overlay: &Overlay, sizes: &[u64]) -> Result<()> {
         if overlay.disk_size(place).is_none() {
             continue;
         }
-        let mut map = ChangeMap::open(&job.folder.map(name), sizes[place], job.base.applied)?;
+        let mut map =
+            ChangeMap::open(&job.folder.files, &job.folder.map(name), sizes[place], job.base.applied)?;
         for (chunks, log) in overlay.changes(place, sizes[place]) {
             map.raise(chunks, log)?;
         }
@@ -275,7 +271,7 @@ fn set_sizes(
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
                 let path = job.folder.disk(&job.disks[place]);
-                entry.insert(Target { file: open_or_create(&path)?, path })
+                entry.insert(Target { file: job.folder.files.open_or_create(&path)?, path })
             }
         };
         target.file.set_len(size).map_err(Error::io("resizing", &target.path))?;
@@ -329,7 +325,7 @@ impl Shared<'_> {
             let (start, end) = (range(first).start, side_by_side.last().map_or(0, |last| range(last).end));
             let (stored, raw) = (&mut buffers.0, &mut buffers.1);
             stored.resize(usize::try_from(end - start).unwrap_or(0), 0);
-            crate::vm::read_exact(&log.file, &log.path, stored, start)?;
+            crate::vm::read_exact(&*log.file, &log.path, stored, start)?;
             for work in side_by_side {
                 let (from, to) = (range(work).start - start, range(work).end - start);
                 let part = &stored[usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0)];
@@ -375,11 +371,11 @@ impl Writer<'_> {
     fn flush(&mut self) -> Result<()> {
         if let Some((disk, offset)) = self.at.take() {
             let Target { file, path } = &self.targets[&disk];
-            forget_cached(file, offset, self.pending.len() as u64);
+            file.forget_cached(offset, self.pending.len() as u64);
             file.write_all_at(&self.pending, offset).map_err(Error::io("writing", path))?;
             self.written += self.pending.len() as u64;
             if self.pending.len() >= EARLY_WRITEBACK_BYTES {
-                start_writeback(file, offset, self.pending.len() as u64);
+                file.start_writeback(offset, self.pending.len() as u64);
             }
         }
         self.pending.clear();

@@ -3,17 +3,17 @@
 //! It is raised, durably, before the base is touched; a crash between the two makes a backup read more,
 //! never less. An entry that cannot be known counts as changed by the newest log folded in.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use chain::CHANGE_CHUNK_BYTES;
+use files::File;
 use log::Extent;
 use model::LogNumber;
 
 use crate::error::{Error, Result};
-use crate::files::{open_or_create, open_read, read_or_zeros, sync_folder};
+use crate::fs::Files;
 
 /// The map is read and written in pages of this many entries: 32 KiB, 1 GiB of disk.
 const PAGE_ENTRIES: u64 = 4096;
@@ -21,7 +21,7 @@ const ENTRY_BYTES: u64 = 8;
 
 /// A map that is being raised.
 pub(crate) struct ChangeMap {
-    file: File,
+    file: Arc<dyn File>,
     path: PathBuf,
     page: Option<Page>,
 }
@@ -35,11 +35,11 @@ struct Page {
 impl ChangeMap {
     /// Opens the map of a disk whose base has `base_bytes`, made of logs up to `applied`. Where the map is
     /// shorter than the base, nothing is known: those chunks count as changed by `applied`.
-    pub fn open(path: &Path, base_bytes: u64, applied: LogNumber) -> Result<Self> {
-        let fresh = !path.exists();
-        let file = open_or_create(path)?;
+    pub fn open(files: &Files, path: &Path, base_bytes: u64, applied: LogNumber) -> Result<Self> {
+        let fresh = !files.exists(path)?;
+        let file = files.open_or_create(path)?;
         let map = Self { file, path: path.to_path_buf(), page: None };
-        let known = map.file.metadata().map_err(Error::io("reading", path))?.len() / ENTRY_BYTES;
+        let known = map.file.len().map_err(Error::io("reading", path))? / ENTRY_BYTES;
         let wanted = base_bytes.div_ceil(CHANGE_CHUNK_BYTES);
         let unknown =
             vec![applied.0.to_le_bytes(); usize::try_from(wanted.saturating_sub(known)).unwrap_or(0)];
@@ -47,7 +47,7 @@ impl ChangeMap {
             .write_all_at(unknown.as_flattened(), known * ENTRY_BYTES)
             .map_err(Error::io("writing", path))?;
         if fresh && let Some(folder) = path.parent() {
-            sync_folder(folder)?;
+            files.sync_folder(folder)?;
         }
         Ok(map)
     }
@@ -74,7 +74,8 @@ impl ChangeMap {
         if self.page.as_ref().is_none_or(|page| page.number != number) {
             self.flush()?;
             let mut bytes = vec![0; usize::try_from(PAGE_ENTRIES * ENTRY_BYTES).unwrap_or(0)];
-            read_or_zeros(&self.file, &mut bytes, number * PAGE_ENTRIES * ENTRY_BYTES)
+            self.file
+                .read_or_zeros(&mut bytes, number * PAGE_ENTRIES * ENTRY_BYTES)
                 .map_err(Error::io("reading", &self.path))?;
             self.page = Some(Page { number, entries: entries(&bytes).collect(), dirty: false });
         }
@@ -98,22 +99,17 @@ fn entries(bytes: &[u8]) -> impl Iterator<Item = u64> {
 
 /// What a map says has changed after a log in the first `base_bytes` of its disk. No map, all of it.
 pub(crate) fn changed_after(
-    file: Option<&File>,
+    file: Option<&dyn File>,
     path: &Path,
     after: LogNumber,
     base_bytes: u64,
 ) -> Result<Vec<Extent>> {
     let Some(file) = file else { return Ok(chain::changed_since([], after, base_bytes)) };
-    let len = file.metadata().map_err(Error::io("reading", path))?.len();
+    let len = file.len().map_err(Error::io("reading", path))?;
     let wanted = (base_bytes.div_ceil(CHANGE_CHUNK_BYTES) * ENTRY_BYTES).min(len / ENTRY_BYTES * ENTRY_BYTES);
     let mut bytes = vec![0; usize::try_from(wanted).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 0).map_err(Error::io("reading", path))?;
     Ok(chain::changed_since(entries(&bytes), after, base_bytes))
-}
-
-/// The map of a disk, if there is one.
-pub(crate) fn open_map(path: &Path) -> Result<Option<File>> {
-    if path.exists() { open_read(path).map(Some) } else { Ok(None) }
 }
 
 #[cfg(test)]
@@ -123,16 +119,16 @@ mod tests {
     #[test]
     fn entries_only_rise_and_what_is_not_known_counts_as_changed() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("map");
+        let (path, files) = (dir.path().join("map"), Files::os());
         let size = 3 * PAGE_ENTRIES * CHANGE_CHUNK_BYTES;
-        let mut map = ChangeMap::open(&path, 0, LogNumber::ZERO).unwrap();
+        let mut map = ChangeMap::open(&files, &path, 0, LogNumber::ZERO).unwrap();
         map.raise(5..7, LogNumber(3)).unwrap();
         map.raise(2 * PAGE_ENTRIES - 1..2 * PAGE_ENTRIES + 1, LogNumber(4)).unwrap();
         map.raise(6..8, LogNumber(2)).unwrap();
         map.sync().unwrap();
         let changed = |after, size| {
-            let file = open_map(&path).unwrap();
-            changed_after(file.as_ref(), &path, LogNumber(after), size).unwrap()
+            let file = files.open_if_there(&path).unwrap();
+            changed_after(file.as_deref(), &path, LogNumber(after), size).unwrap()
         };
         let chunks = |from: u64, to: u64| Extent {
             offset: from * CHANGE_CHUNK_BYTES,
@@ -142,7 +138,7 @@ mod tests {
         assert_eq!(changed(2, known), [chunks(5, 7), chunks(2 * PAGE_ENTRIES - 1, 2 * PAGE_ENTRIES + 1)]);
         assert_eq!(changed(1, 8 * CHANGE_CHUNK_BYTES), [chunks(5, 8)]);
         assert_eq!(changed(4, size), [chunks(2 * PAGE_ENTRIES + 1, 3 * PAGE_ENTRIES)]);
-        ChangeMap::open(&path, size, LogNumber(9)).unwrap().sync().unwrap();
+        ChangeMap::open(&files, &path, size, LogNumber(9)).unwrap().sync().unwrap();
         assert_eq!(changed(9, size), []);
         assert_eq!(changed(8, size), [chunks(2 * PAGE_ENTRIES + 1, 3 * PAGE_ENTRIES)]);
     }

@@ -9,17 +9,18 @@
 //! files that are whole; what it does not name is removed at the next start.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chain::{CompactPlan, apply_batches, merged_header};
+use files::File;
 use log::{Batcher, Encoder, RawRecord, RecordEntry, Verified};
 use model::{DiskName, LogNumber};
 
 use crate::error::{Error, Result, is_no_space};
-use crate::files::{Folder, remove_file, start_writeback, sync_folder};
+use crate::folder::Folder;
+use crate::fs::Files;
 use crate::maintain::Step;
 use crate::rows::{self, LogRow};
 use crate::step::durable_step;
@@ -95,7 +96,7 @@ impl Store {
         let name = format!("{first}-{}.log", plan.logs.end());
         let target = folder.log(&name);
         let fresh = target.with_extension("merging");
-        let written = write_merged(&fresh, plan, group, self.inner.config.merge_level);
+        let written = write_merged(&folder.files, &fresh, plan, group, self.inner.config.merge_level);
         let verified = match written {
             Ok((summary, footer)) => Verified {
                 header: merged_header(&oldest.header, &newest.header),
@@ -104,13 +105,13 @@ impl Store {
                 summary,
             },
             Err(error) => {
-                remove_file(&fresh)?;
+                folder.files.remove_file(&fresh)?;
                 return Err(error);
             }
         };
         durable_step("replica::compact::synced");
-        fs::rename(&fresh, &target).map_err(Error::io("renaming", &fresh))?;
-        sync_folder(&folder.logs())?;
+        folder.files.rename(&fresh, &target)?;
+        folder.files.sync_folder(&folder.logs())?;
         durable_step("replica::compact::renamed");
         let mut row = LogRow::from_verified(&verified, first, name);
         row.extents = u64::from(verified.summary.extents);
@@ -118,7 +119,7 @@ impl Store {
         let replaced = self.swap(vm, plan, row)?;
         durable_step("replica::compact::committed");
         for log in replaced {
-            if let Err(error) = remove_file(&folder.log(&log.row.file)) {
+            if let Err(error) = folder.files.remove_file(&folder.log(&log.row.file)) {
                 tracing::warn!(%error, "a merged log's file stays for now");
             }
         }
@@ -143,6 +144,7 @@ impl Store {
 
 /// Writes the survivors of some logs as one log, synced.
 fn write_merged(
+    files: &Files,
     path: &Path,
     plan: &CompactPlan,
     group: &[&Indexed],
@@ -150,7 +152,7 @@ fn write_merged(
 ) -> Result<(log::Summary, log::Footer)> {
     let (oldest, newest) = (group[0], group[group.len() - 1]);
     let footer = newest.log.meta()?.footer;
-    let file = File::create(path).map_err(Error::io("making", path))?;
+    let file = files.open_empty(path)?;
     let out =
         BufWriter::with_capacity(1 << 20, WriteBack { file, path: path.to_path_buf(), written: 0, begun: 0 });
     let encoder = Encoder::new(out, &merged_header(&oldest.header, &newest.header));
@@ -224,25 +226,26 @@ fn encode_error(path: &Path, error: log::Error) -> Error {
 
 /// A file that begins to be written to the disk while it grows.
 struct WriteBack {
-    file: File,
+    file: Arc<dyn File>,
     path: PathBuf,
+    /// How much has been written: where the next bytes go.
     written: u64,
     begun: u64,
 }
 
 impl Write for WriteBack {
     fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
-        let written = self.file.write(buf)?;
+        let written = self.file.write_at(buf, self.written)?;
         self.written += written as u64;
         if self.written - self.begun >= WRITEBACK_BYTES {
-            start_writeback(&self.file, self.begun, self.written - self.begun);
+            self.file.start_writeback(self.begun, self.written - self.begun);
             self.begun = self.written;
         }
         Ok(written)
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        self.file.flush()
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! How a store behaves; what the site's config file sets.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -36,6 +37,37 @@ impl fmt::Debug for Clock {
     }
 }
 
+/// Where the store takes chance from; tests bring their own.
+#[derive(Clone)]
+pub struct Chance(Arc<Fill>);
+
+type Fill = dyn Fn(&mut [u8]) -> io::Result<()> + Send + Sync;
+
+impl Chance {
+    /// The system's.
+    #[must_use]
+    pub fn system() -> Self {
+        Self::from_fn(|bytes| getrandom::fill(bytes).map_err(io::Error::other))
+    }
+
+    /// Chance that `fill` makes.
+    pub fn from_fn(fill: impl Fn(&mut [u8]) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(fill))
+    }
+
+    /// Bytes that nobody can foresee.
+    pub fn bytes<const N: usize>(&self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        (self.0)(&mut bytes).map(|()| bytes)
+    }
+}
+
+impl fmt::Debug for Chance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Chance")
+    }
+}
+
 /// How a store behaves.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -68,8 +100,12 @@ pub struct Config {
     pub view_cache_bytes: usize,
     /// The zstd level of merged logs. Default 1.
     pub merge_level: i32,
+    /// The file system that all of it is on. Default the operating system's.
+    pub files: files::Shared,
     /// The clock.
     pub clock: Clock,
+    /// Where the names of holds come from.
+    pub chance: Chance,
 }
 
 impl Config {
@@ -89,7 +125,9 @@ impl Config {
             tick: Duration::from_secs(10),
             view_cache_bytes: 16 << 20,
             merge_level: 1,
+            files: Arc::new(files::Os),
             clock: Clock::system(),
+            chance: Chance::system(),
         }
     }
 }

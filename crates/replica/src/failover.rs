@@ -6,17 +6,17 @@
 //!                                                                     cancel: layers removed, phase back
 //! ```
 //!
+//! `qemu-img` makes the layers, so a failover needs the operating system's files.
+//!
 //! While it lasts nothing is received, applied or merged. After a cancel the base equals P, and the chain goes
 //! on with the logs after it.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
 use model::{ApplyState, DiskName, LogNumber, Phase, VmId};
 
 use crate::error::{Error, Result};
-use crate::files::{remove_folder, sync_folder};
 use crate::relationship::set_phase;
 use crate::rows::{self, Applying, FailoverRow};
 use crate::step::durable_step;
@@ -105,18 +105,18 @@ impl Store {
         }
         durable_step("replica::failover::folded");
         let folder = vm.live()?.folder();
-        remove_folder(&folder.failover())?;
-        fs::create_dir(folder.failover()).map_err(Error::io("making the folder", &folder.failover()))?;
+        folder.files.remove_folder(&folder.failover())?;
+        folder.files.make_folder(&folder.failover())?;
         for disk in self.failover_disks(vm.id)? {
             let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(AsRef::as_ref);
             let size = disk.size_bytes.to_string();
             let paths = [disk.base.as_os_str(), disk.overlay.as_os_str(), size.as_ref()];
             qemu_img(&[&options[..], &paths[..]].concat())?;
-            let overlay = fs::File::open(&disk.overlay).and_then(|file| file.sync_all());
-            overlay.map_err(Error::io("syncing", &disk.overlay))?;
+            let overlay = folder.files.open_read(&disk.overlay)?;
+            overlay.sync_all().map_err(Error::io("syncing", &disk.overlay))?;
         }
-        sync_folder(&folder.failover())?;
-        sync_folder(&folder.0)?;
+        folder.files.sync_folder(&folder.failover())?;
+        folder.files.sync_folder(&folder.path)?;
         durable_step("replica::failover::overlaid");
         let mut state = vm.live()?;
         let mut row = state.row.clone();
@@ -153,7 +153,7 @@ impl Store {
         let _work = vm.work();
         let mut state = vm.live()?;
         let Some(failover) = state.row.doc.failover.clone() else { return Ok(()) };
-        remove_folder(&state.folder().failover())?;
+        state.files.remove_folder(&state.folder().failover())?;
         let mut row = state.row.clone();
         row.doc.failover = None;
         row.doc.phase = failover.before;

@@ -9,7 +9,6 @@ use model::{
 };
 
 use crate::error::{Error, Result};
-use crate::files::allocated_bytes;
 use crate::rows::{DiskSize, Reported};
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -228,7 +227,7 @@ impl Store {
         let now = self.now();
         let (row, doc, folder) = (&state.row, &state.row.doc, state.folder());
         let holds = state.holds.iter().filter(|hold| hold.expires_at > now);
-        let allocated = |name: &DiskName| allocated_bytes(&folder.disk(name));
+        let allocated = |name: &DiskName| folder.files.allocated_bytes(&folder.disk(name));
         Ok(ReplicaStatus {
             name: row.name.clone(),
             peer: row.peer.clone(),

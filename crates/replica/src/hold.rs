@@ -4,7 +4,7 @@
 //! reading then learns so when it gives the hold back, and must throw away what it read.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use model::gate::{Access, Admission};
 use model::{ApplyState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
@@ -89,7 +89,8 @@ impl Store {
         pin.check_in(&state)?;
         let made_at = self.now();
         let expires_at = made_at.plus(lease.min(self.inner.config.hold_max));
-        let row = HoldRow { id: new_id()?, vm: vm.id, point: pin.point.number, made_at, expires_at };
+        let row =
+            HoldRow { id: self.new_hold_id()?, vm: vm.id, point: pin.point.number, made_at, expires_at };
         let saved = row.clone();
         self.catalog().write(move |tx| rows::add_hold(tx, &saved))?;
         durable_step("replica::hold::committed");
@@ -148,6 +149,12 @@ impl Store {
         find(&state, id, self.now()).map(drop).ok_or_else(|| self.ran_out(&vm, state.applied()))
     }
 
+    fn new_hold_id(&self) -> Result<String> {
+        let bytes = self.inner.config.chance.bytes::<8>();
+        let bytes = bytes.map_err(Error::io("drawing the name of a hold in", &self.inner.config.dir))?;
+        Ok(format!("hold-{}", hex::encode(bytes)))
+    }
+
     fn ran_out(&self, vm: &Vm, point: LogNumber) -> Error {
         let why = "the hold has ended (it ran out, or was given back)".to_owned();
         Error::Revoked { vm: vm.id, point, why }
@@ -175,18 +182,17 @@ impl Store {
         let number = state.barriers_made;
         state.barriers.insert(number, self.now().plus(self.inner.config.barrier_max));
         let guard = BarrierGuard { store: self.clone(), vm: vm.clone(), number };
-        let until = Instant::now() + patience;
-        while matches!(state.apply, ApplyState::Running { .. }) {
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                drop(state);
-                return Err(Error::busy(vm.id, "the running apply has not ended in time; try again later"));
-            };
-            state = match vm.changed.wait_timeout(state, left) {
-                Ok((state, _)) => state,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+        // Another thread's apply is waited for, so the time is real whatever the clock of the config says.
+        let runs = |state: &mut State| matches!(state.apply, ApplyState::Running { .. });
+        let (mut state, _) = vm
+            .changed
+            .wait_timeout_while(state, patience, runs)
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let still_runs = runs(&mut state);
+        drop(state); // the guard takes the lock when it goes
+        if still_runs {
+            return Err(Error::busy(vm.id, "the running apply has not ended in time; try again later"));
         }
-        drop(state);
         Ok(guard)
     }
 
@@ -211,13 +217,4 @@ fn describe(state: &State, row: &HoldRow, point: PointInfo) -> Hold {
         size_bytes: disk.size_bytes,
     });
     Hold { id: row.id.clone(), vm: row.vm, point, disks: disks.collect(), expires_at: row.expires_at }
-}
-
-fn new_id() -> Result<String> {
-    let mut bytes = [0; 8];
-    let path = std::path::Path::new("/dev/urandom");
-    let read =
-        std::fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
-    read.map_err(Error::io("reading", path))?;
-    Ok(format!("hold-{}", hex::encode(bytes)))
 }

@@ -23,6 +23,9 @@
 //! * each changed byte is written at most twice (log, base or merge: `docs/decisions/0004`);
 //! * what is lost is said: the chain ends before it, and the VM must be resynchronized.
 //!
+//! All files are reached through `Config::files`, time and chance through the config's: with `workers: 0` and
+//! `apply_threads: 1` the store has no thread of its own, and the same calls do the same to the same files.
+//!
 //! What it does not do: talk to sites (`wire`), choose the point or the time of a backup (`site`), write
 //! backups (`repository`). Everything blocks; [`Store::run`] is for async callers.
 
@@ -34,7 +37,8 @@ mod config;
 mod digests;
 mod error;
 mod failover;
-mod files;
+mod folder;
+mod fs;
 mod gate;
 mod hold;
 mod maintain;
@@ -51,7 +55,7 @@ mod view;
 mod vm;
 mod worker;
 
-pub use config::{Clock, Config};
+pub use config::{Chance, Clock, Config};
 pub use error::{Error, Refused, Result};
 pub use failover::FailoverDisk;
 pub use gate::{Admitted, ReplicaStatus, VmFacts};

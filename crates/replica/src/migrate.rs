@@ -6,14 +6,13 @@
 //!
 //! A crash before the switch: the copy is removed at the next start. After it: the old folder is.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use model::VmId;
 
 use crate::error::{Error, Result};
-use crate::files::{Folder, copy_sparse, remove_folder, sync_folder};
+use crate::folder::Folder;
 use crate::rows::Migrating;
 use crate::step::durable_step;
 use crate::store::Store;
@@ -25,7 +24,7 @@ impl Store {
     pub fn migrate(&self, vm: VmId, parent: &Path) -> Result<PathBuf> {
         let vm = self.vm(vm)?;
         let _work = vm.work();
-        let target = Folder(parent.join(vm.id.to_string()));
+        let target = Folder { files: self.files(), path: parent.join(vm.id.to_string()) };
         let source = self.mark_migration(&vm, parent, &target)?;
         let copied = copy_folders(&source, &target);
         durable_step("replica::migrate::copied");
@@ -37,7 +36,7 @@ impl Store {
         self.remove_leftover(&vm)?;
         durable_step("replica::migrate::removed");
         self.wake(vm.id);
-        Ok(target.0)
+        Ok(target.path)
     }
 
     fn mark_migration(&self, vm: &Vm, parent: &Path, target: &Folder) -> Result<Folder> {
@@ -50,7 +49,7 @@ impl Store {
                 "its files are held or failed over; release or cancel that first",
             ));
         }
-        if !parent.is_dir() || target.0.exists() {
+        if !target.files.is_folder(parent) || target.files.exists(&target.path)? {
             let why = format!(
                 "its files cannot be moved to {}: it must be a folder that has nothing called {}",
                 parent.display(),
@@ -59,7 +58,7 @@ impl Store {
             return Err(Error::busy(vm.id, why));
         }
         let mut row = state.row.clone();
-        row.doc.migrating = Some(Migrating { since: self.now(), to: target.0.clone() });
+        row.doc.migrating = Some(Migrating { since: self.now(), to: target.path.clone() });
         self.commit_row(&mut state, row)?;
         *receiving = None;
         durable_step("replica::migrate::marked");
@@ -70,9 +69,9 @@ impl Store {
         durable_step("replica::migrate::synced");
         let mut state = vm.live()?;
         let mut row = state.row.clone();
-        row.folder = target.0.clone();
+        row.folder = target.path.clone();
         row.doc.migrating = None;
-        row.doc.leftover = Some(source.0.clone());
+        row.doc.leftover = Some(source.path.clone());
         self.commit_row(&mut state, row)?;
         // Cached readers have the old files open, which keeps them on the disk.
         state.newest = None;
@@ -85,7 +84,7 @@ impl Store {
         if state.row.doc.migrating.is_none() {
             return Ok(()); // it was switched; only the old folder is still to go
         }
-        remove_folder(&target.0)?;
+        target.files.remove_folder(&target.path)?;
         let mut row = state.row.clone();
         row.doc.migrating = None;
         self.commit_row(&mut state, row)
@@ -95,7 +94,7 @@ impl Store {
     pub(crate) fn remove_leftover(&self, vm: &Vm) -> Result<()> {
         let mut state = vm.live()?;
         let Some(leftover) = state.row.doc.leftover.clone() else { return Ok(()) };
-        remove_folder(&leftover)?;
+        state.files.remove_folder(&leftover)?;
         let mut row = state.row.clone();
         row.doc.leftover = None;
         self.commit_row(&mut state, row)
@@ -103,7 +102,7 @@ impl Store {
 }
 
 fn copy_folders(source: &Folder, target: &Folder) -> Result<()> {
-    fs::create_dir(&target.0).map_err(Error::io("making the folder", &target.0))?;
+    let files = &source.files;
     target.create()?;
     let parts = [
         (source.disks(), target.disks()),
@@ -111,12 +110,11 @@ fn copy_folders(source: &Folder, target: &Folder) -> Result<()> {
         (source.changes(), target.changes()),
     ];
     for (from, to) in parts {
-        for entry in fs::read_dir(&from).map_err(Error::io("reading", &from))? {
-            let entry = entry.map_err(Error::io("reading", &from))?;
-            copy_sparse(&entry.path(), &to.join(entry.file_name()))?;
+        for name in files.names(&from)? {
+            files.copy_sparse(&from.join(&name), &to.join(&name))?;
         }
-        sync_folder(&to)?;
+        files.sync_folder(&to)?;
     }
-    copy_sparse(&source.description(), &target.description())?;
-    sync_folder(&target.0)
+    files.copy_sparse(&source.description(), &target.description())?;
+    files.sync_folder(&target.path)
 }

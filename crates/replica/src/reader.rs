@@ -4,19 +4,18 @@
 //! is folded into the base meanwhile, as long as that is nothing newer than its own newest log.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use chain::{Overlay, OverlayBuilder, Source};
+use files::File;
 use log::{Extent, RecordEntry};
 use model::{DiskName, LogNumber, VmId};
 
 use crate::cache::RecordCache;
 use crate::changemap;
 use crate::error::{Error, Result};
-use crate::files::{data_ranges, open_to_read, read_or_zeros};
 use crate::rows::DiskSize;
 use crate::vm::{ChainLog, Indexed, OpenLog, State};
 
@@ -33,9 +32,9 @@ pub(crate) struct OpenFiles {
 
 struct BaseDisk {
     name: DiskName,
-    file: File,
+    file: Arc<dyn File>,
     path: PathBuf,
-    map: Option<File>,
+    map: Option<Arc<dyn File>>,
     map_path: PathBuf,
     /// Its size in the base.
     bytes: u64,
@@ -76,10 +75,10 @@ impl OpenFiles {
             |name: &DiskName| base_disks.iter().find(|disk| disk.name == *name).map_or(0, |d| d.size_bytes);
         let disks = state.row.doc.disks.iter().map(|name| {
             let (path, map_path) = (folder.disk(name), folder.map(name));
-            let map = changemap::open_map(&map_path)?;
+            let map = folder.files.open_if_there(&map_path)?;
             Ok(BaseDisk {
                 name: name.clone(),
-                file: open_to_read(&path)?,
+                file: folder.files.open_to_read(&path)?,
                 path,
                 map,
                 map_path,
@@ -117,7 +116,7 @@ impl ChainReader {
     pub fn with_all_disks(mut self) -> Result<Self> {
         for (place, base) in self.base.iter().enumerate() {
             if !self.disks.iter().any(|disk| disk.place == place) {
-                let file_bytes = base.file.metadata().map_err(Error::io("reading", &base.path))?.len();
+                let file_bytes = base.file.len().map_err(Error::io("reading", &base.path))?;
                 let size_bytes = self.overlay.disk_size(place).unwrap_or(file_bytes);
                 self.disks.push(ReaderDisk { name: base.name.clone(), size_bytes, place });
             }
@@ -147,8 +146,8 @@ impl ChainReader {
             match piece.source {
                 Source::Zero => now.fill(0),
                 Source::Base => {
-                    read_or_zeros(&base.file, now, piece.range.start)
-                        .map_err(Error::io("reading", &base.path))?;
+                    let read = base.file.read_or_zeros(now, piece.range.start);
+                    read.map_err(Error::io("reading", &base.path))?;
                 }
                 Source::Record { log, record, skip } => self.read_record(log, record, skip as usize, now)?,
             }
@@ -189,7 +188,9 @@ impl ChainReader {
             match piece.source {
                 Source::Zero => {}
                 Source::Record { .. } => add(piece.range),
-                Source::Base => data_ranges(&base.file, piece.range)
+                Source::Base => base
+                    .file
+                    .data_ranges(piece.range)
                     .map_err(Error::io("reading", &base.path))?
                     .into_iter()
                     .for_each(&mut add),
@@ -202,7 +203,7 @@ impl ChainReader {
     pub fn changed_since(&self, disk: &DiskName, after: LogNumber) -> Result<Vec<Range<u64>>> {
         let (disk, base) = self.disk(disk)?;
         let known = base.bytes.min(disk.size_bytes);
-        let folded = changemap::changed_after(base.map.as_ref(), &base.map_path, after, known)?;
+        let folded = changemap::changed_after(base.map.as_deref(), &base.map_path, after, known)?;
         let logged = self.overlay.changed_since(disk.place, base.bytes, after);
         // A disk that has no log over its base keeps the base's size; the other way round, growth is the overlay's.
         let inside = |extent: Extent| {

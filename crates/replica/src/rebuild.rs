@@ -4,7 +4,6 @@
 //! ended ("applied N"), each time before the catalog says so. So it is never behind the base.
 
 use std::collections::BTreeMap;
-use std::fs;
 
 use catalog::Catalog;
 use log::Header;
@@ -14,8 +13,9 @@ use model::{
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
-use crate::files::{Folder, open_read, parse_log, replace_file};
+use crate::error::Result;
+use crate::folder::{Folder, parse_log};
+use crate::fs::Files;
 use crate::relationship::set_phase;
 use crate::rows::{self, Applying, Base, DiskSize, LogRow, Reported, VmDoc, VmRow};
 use crate::vm::{At, State};
@@ -57,7 +57,8 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
         applying: doc.applying.as_ref().map(|applying| applying.through),
     };
     let text = serde_json::to_vec_pretty(&description).expect("plain values can be written as JSON");
-    replace_file(&Folder(row.folder.clone()).description(), &text)
+    let folder = Folder { files: state.files.clone(), path: row.folder.clone() };
+    folder.files.replace(&folder.description(), &text)
 }
 
 /// Makes the catalog's rows of all VMs in `config.dir` that it does not have, out of their folders: what can
@@ -69,12 +70,11 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
 pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
     catalog.migrate("replica", rows::MIGRATIONS)?;
     let known: Vec<VmId> = rows::load_vms(catalog)?.into_iter().map(|row| row.vm).collect();
-    let folder = config.dir.join("vms");
+    let (files, folder) = (Files(config.files.clone()), config.dir.join("vms"));
     let mut found = Vec::new();
-    for entry in fs::read_dir(&folder).map_err(Error::io("reading", &folder))? {
-        let path = entry.map_err(Error::io("reading", &folder))?.path();
-        let vm_folder = Folder(path.clone());
-        let Ok(text) = fs::read(vm_folder.description()) else { continue };
+    for name in files.names(&folder)? {
+        let vm_folder = Folder { files: files.clone(), path: folder.join(name) };
+        let Ok(text) = files.read(&vm_folder.description()) else { continue };
         match serde_json::from_slice::<Description>(&text) {
             Ok(description) if known.contains(&description.vm) => {}
             Ok(description) => {
@@ -82,7 +82,7 @@ pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
                 rebuild_vm(catalog, config.clock.now(), vm_folder, description)?;
             }
             Err(error) => {
-                tracing::error!(%error, folder = %path.display(), "a VM's description cannot be read")
+                tracing::error!(%error, folder = %vm_folder.path.display(), "a VM's description cannot be read")
             }
         }
     }
@@ -139,7 +139,7 @@ fn rebuild_vm(catalog: &Catalog, now: Timestamp, folder: Folder, description: De
         vm: description.vm,
         name: description.name,
         peer: description.peer,
-        folder: folder.0,
+        folder: folder.path,
         definition: "null".to_owned(),
         doc,
     };
@@ -156,20 +156,20 @@ fn rebuild_vm(catalog: &Catalog, now: Timestamp, folder: Folder, description: De
 fn find_logs(folder: &Folder) -> Result<Vec<Found>> {
     let mut found: BTreeMap<(LogNumber, std::cmp::Reverse<LogNumber>), Found> = BTreeMap::new();
     let path = folder.logs();
-    for entry in fs::read_dir(&path).map_err(Error::io("reading", &path))? {
-        let entry = entry.map_err(Error::io("reading", &path))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
+    for name in folder.files.names(&path)? {
+        let name = name.to_string_lossy().into_owned();
         let Some((first, last)) = parse_log(&name) else { continue };
-        let file = open_read(&entry.path())?;
-        match log::verify(&mut At::start(&file)) {
+        let path = folder.log(&name);
+        let file = folder.files.open_read(&path)?;
+        match log::verify(&mut At::start(&*file)) {
             Ok(verified) if verified.header.number == last => {
                 let row = LogRow::from_verified(&verified, first, name);
                 found.insert((first, std::cmp::Reverse(last)), Found { row, header: verified.header });
             }
             Ok(_) => {
-                tracing::error!(file = %entry.path().display(), "a log has another number than its file")
+                tracing::error!(file = %path.display(), "a log has another number than its file")
             }
-            Err(error) => tracing::error!(%error, file = %entry.path().display(), "a log is damaged"),
+            Err(error) => tracing::error!(%error, file = %path.display(), "a log is damaged"),
         }
     }
     Ok(found.into_values().collect())

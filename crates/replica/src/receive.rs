@@ -7,19 +7,19 @@
 //!
 //! One log of a VM arrives at a time. Another attempt (another id) takes the place of an older one.
 
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chain::{Tip, check_next};
+use files::File;
 use log::{Header, Verified, Verifier};
 use model::{Head, LogId, LogNumber, Phase, Purpose, VmId, phase_after};
 
 use crate::error::{Error, Refused, Result, is_no_space};
-use crate::files::{self, Folder, open_or_create, parse_partial, remove_file, sync_folder};
+use crate::folder::{Folder, parse_partial};
+use crate::fs::Files;
 use crate::relationship::{check_peer, refuses_logs, set_phase};
 use crate::rows::{self, LogRow};
 use crate::step::durable_step;
@@ -43,7 +43,7 @@ const WRITEBACK_BYTES: u64 = 8 << 20;
 pub(crate) struct Incoming {
     head: Head,
     path: PathBuf,
-    file: File,
+    file: Arc<dyn File>,
     verifier: Verifier,
     /// Its header was found to continue the chain.
     checked: bool,
@@ -89,7 +89,7 @@ impl Store {
             if offset != 0 {
                 return Ok(UploadState { offset: 0, durable: false });
             }
-            discard(&mut receiving);
+            self.discard(&mut receiving);
             *receiving = Some(self.begin(&vm, wanted)?);
         }
         let outcome = match receiving.as_mut() {
@@ -100,7 +100,7 @@ impl Store {
             None => return Ok(UploadState { offset: 0, durable: false }),
         };
         if let Err(error) = outcome {
-            discard(&mut receiving);
+            self.discard(&mut receiving);
             return Err(error);
         }
         match receiving.take_if(|_| last) {
@@ -114,7 +114,7 @@ impl Store {
         self.check_space(&folder, 0)?;
         remove_partials(&folder, None)?;
         let path = folder.partial(head.number, head.id);
-        let incoming = Incoming::open(head, path)?;
+        let incoming = Incoming::open(&folder.files, head, path)?;
         durable_step("replica::receive::begun");
         Ok(incoming)
     }
@@ -126,19 +126,23 @@ impl Store {
         receiving: &mut MutexGuard<'_, Option<Incoming>>,
         head: Head,
     ) -> Result<()> {
-        let path = vm.live()?.folder().partial(head.number, head.id);
-        if receiving.is_some() || !path.exists() {
+        if receiving.is_some() {
             return Ok(());
         }
-        let mut incoming = Incoming::open(head, path)?;
-        let len = incoming.file.metadata().map_err(Error::io("reading", &incoming.path))?.len();
+        let folder = vm.live()?.folder();
+        let (files, path) = (&folder.files, folder.partial(head.number, head.id));
+        if !files.exists(&path)? {
+            return Ok(());
+        }
+        let mut incoming = Incoming::open(files, head, path)?;
+        let len = incoming.file.len().map_err(Error::io("reading", &incoming.path))?;
         let mut buf = vec![0; 1 << 20];
         while incoming.offset < len {
             let part = usize::try_from(len - incoming.offset).map_or(buf.len(), |left| left.min(buf.len()));
-            read_exact(&incoming.file, &incoming.path, &mut buf[..part], incoming.offset)?;
+            read_exact(&*incoming.file, &incoming.path, &mut buf[..part], incoming.offset)?;
             if incoming.verify(vm, &buf[..part]).is_err() {
                 // What a crash left of it is not what had been sent (the file was not synced): start over.
-                return remove_file(&incoming.path);
+                return files.remove_file(&incoming.path);
             }
             incoming.offset += part as u64;
         }
@@ -152,12 +156,20 @@ impl Store {
         incoming.offset += bytes.len() as u64;
         let fresh = incoming.offset - incoming.written_back;
         if fresh >= WRITEBACK_BYTES {
-            files::start_writeback(&incoming.file, incoming.written_back, fresh);
+            incoming.file.start_writeback(incoming.written_back, fresh);
             incoming.written_back = incoming.offset;
             let folder = vm.live()?.folder();
             self.check_space(&folder, 0)?;
         }
         Ok(())
+    }
+
+    fn discard(&self, receiving: &mut Option<Incoming>) {
+        if let Some(incoming) = receiving.take()
+            && let Err(error) = self.files().remove_file(&incoming.path)
+        {
+            tracing::warn!(%error, "a partial log stays until the next one begins");
+        }
     }
 
     /// Makes a whole log durable and a part of the chain.
@@ -166,10 +178,10 @@ impl Store {
         let outcome = verifier
             .finish()
             .map_err(|error| bad_log(&error))
-            .and_then(|verified| self.make_durable(vm, head, &path, &file, &verified));
+            .and_then(|verified| self.make_durable(vm, head, &path, &*file, &verified));
         if let Err(error) = outcome {
             // A file whose sync failed may not hold what was written: it is never used again.
-            remove_file(&path)?;
+            self.files().remove_file(&path)?;
             return Err(error);
         }
         self.wake(vm.id);
@@ -180,8 +192,8 @@ impl Store {
         &self,
         vm: &Vm,
         head: Head,
-        path: &std::path::Path,
-        file: &File,
+        path: &Path,
+        file: &dyn File,
         verified: &Verified,
     ) -> Result<()> {
         durable_step("replica::receive::verified");
@@ -192,14 +204,15 @@ impl Store {
         let folder = state.folder();
         let name = format!("{}.log", head.number);
         let target = folder.log(&name);
-        fs::rename(path, &target).map_err(Error::io("renaming", path))?;
+        let files = &folder.files;
+        files.rename(path, &target)?;
         durable_step("replica::receive::renamed");
-        let settled = sync_folder(&folder.logs()).and_then(|()| sync_folder(&folder.incoming()));
+        let settled = files.sync_folder(&folder.logs()).and_then(|()| files.sync_folder(&folder.incoming()));
         durable_step("replica::receive::folders");
         let row = LogRow::from_verified(verified, head.number, name);
         let outcome = settled.and_then(|()| self.add_to_chain(&mut state, row, &verified.header));
         if outcome.is_err() && state.row.doc.head != head {
-            remove_file(&target)?;
+            files.remove_file(&target)?;
         }
         durable_step("replica::receive::committed");
         outcome
@@ -248,10 +261,10 @@ impl Store {
     /// Refuses when less than the reserve would be free.
     pub(crate) fn check_space(&self, folder: &Folder, wanted_bytes: u64) -> Result<()> {
         let reserve = self.inner.config.free_reserve_bytes;
-        let free = files::free_bytes(&folder.0)?;
+        let free = folder.files.free_bytes(&folder.path)?;
         if free < reserve.saturating_add(wanted_bytes) {
             let detail = format!("{} MiB free, {} MiB are kept back", free >> 20, reserve >> 20);
-            return Err(Refused::no_space(&folder.0, &detail).into());
+            return Err(Refused::no_space(&folder.path, &detail).into());
         }
         Ok(())
     }
@@ -259,8 +272,8 @@ impl Store {
 
 impl Incoming {
     /// A partial file of which nothing has been looked at yet.
-    fn open(head: Head, path: PathBuf) -> Result<Self> {
-        let file = open_or_create(&path)?;
+    fn open(files: &Files, head: Head, path: PathBuf) -> Result<Self> {
+        let file = files.open_or_create(&path)?;
         let verifier = Verifier::new();
         Ok(Self { head, path, file, verifier, checked: false, offset: 0, written_back: 0 })
     }
@@ -290,7 +303,7 @@ impl Incoming {
     }
 }
 
-fn sync_failed(path: &std::path::Path, error: io::Error) -> Error {
+fn sync_failed(path: &Path, error: io::Error) -> Error {
     if is_no_space(&error) {
         return Refused::no_space(path, &error.to_string()).into();
     }
@@ -356,23 +369,13 @@ fn bad_log(error: &log::Error) -> Error {
     Refused::transient(error.code(), message, Duration::from_secs(1)).into()
 }
 
-fn discard(receiving: &mut MutexGuard<'_, Option<Incoming>>) {
-    if let Some(incoming) = receiving.take()
-        && let Err(error) = remove_file(&incoming.path)
-    {
-        tracing::warn!(%error, "a partial log stays until the next one begins");
-    }
-}
-
 /// Removes the partial files of a VM but one.
 pub(crate) fn remove_partials(folder: &Folder, keep: Option<Head>) -> Result<()> {
     let path = folder.incoming();
-    for entry in fs::read_dir(&path).map_err(Error::io("reading", &path))? {
-        let entry = entry.map_err(Error::io("reading", &path))?;
-        let name = entry.file_name();
+    for name in folder.files.names(&path)? {
         let head = name.to_str().and_then(parse_partial).map(|(number, id)| Head { number, id });
         if head.is_none() || head != keep {
-            remove_file(&entry.path())?;
+            folder.files.remove_file(&path.join(name))?;
         }
     }
     Ok(())

@@ -11,14 +11,13 @@
 //! | a hold that has run out | forgotten |
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use model::{ApplyState, Head, LogNumber, Phase, ResyncReason};
 
-use crate::error::{Error, Result};
-use crate::files::{Folder, parse_log, parse_partial, remove_file, remove_folder};
+use crate::error::Result;
+use crate::folder::{parse_log, parse_partial};
 use crate::receive::{check_continues, remove_partials};
 use crate::relationship::set_phase;
 use crate::rows::{self, HoldRow, LogRow, VmRow};
@@ -28,7 +27,8 @@ use crate::vm::{At, ChainLog, OpenLog, State, Vm};
 impl Store {
     pub(crate) fn recover(&self) -> Result<()> {
         let vms_folder = self.inner.config.dir.join("vms");
-        fs::create_dir_all(&vms_folder).map_err(Error::io("making the folder", &vms_folder))?;
+        self.files().make_folder(&vms_folder)?;
+        self.files().sync_folder(&self.inner.config.dir)?;
         let mut holds: BTreeMap<_, Vec<HoldRow>> = BTreeMap::new();
         for hold in rows::load_holds(self.catalog())? {
             holds.entry(hold.vm).or_default().push(hold);
@@ -43,7 +43,7 @@ impl Store {
 
     fn recover_vm(&self, row: VmRow, holds: Vec<HoldRow>) -> Result<Arc<Vm>> {
         let now = self.now();
-        let mut state = State::new(row, now);
+        let mut state = State::new(row, self.files(), now);
         self.end_migration(&mut state)?;
         state.folder().create()?;
         state.holds = holds;
@@ -68,10 +68,10 @@ impl Store {
     fn end_migration(&self, state: &mut State) -> Result<()> {
         let mut row = state.row.clone();
         if let Some(migrating) = row.doc.migrating.take() {
-            remove_folder(&migrating.to)?;
+            state.files.remove_folder(&migrating.to)?;
         }
         if let Some(leftover) = row.doc.leftover.take() {
-            remove_folder(&leftover)?;
+            state.files.remove_folder(&leftover)?;
         }
         if row != state.row { self.commit_row(state, row) } else { Ok(()) }
     }
@@ -79,22 +79,21 @@ impl Store {
     /// Ends the chain before the first log whose file is not what its row says.
     fn find_losses(&self, state: &mut State) -> Result<()> {
         let folder = state.folder();
-        let lost_base = state.row.doc.base.disks.iter().find(|disk| !folder.disk(&disk.name).exists());
-        if let Some(disk) = lost_base {
-            let why = format!("the flat file {} is missing", folder.disk(&disk.name).display());
-            return self.lose(state, LogNumber::ZERO, &why);
-        }
-        let whole = |log: &LogRow| {
-            fs::metadata(folder.log(&log.file)).is_ok_and(|meta| meta.is_file() && meta.len() == log.bytes)
-        };
-        let lost = state.logs.values().find(|log| !whole(&log.row)).map(|log| log.row.clone());
-        match lost {
-            Some(log) => {
-                let path = folder.log(&log.file);
-                self.lose(state, log.first, &format!("the log file {} is missing or cut off", path.display()))
+        for disk in &state.row.doc.base.disks {
+            let path = folder.disk(&disk.name);
+            if !folder.files.exists(&path)? {
+                let why = format!("the flat file {} is missing", path.display());
+                return self.lose(state, LogNumber::ZERO, &why);
             }
-            None => Ok(()),
         }
+        for LogRow { file, bytes, first, .. } in state.logs.values().map(|log| &log.row) {
+            let path = folder.log(file);
+            if folder.files.len(&path)? != Some(*bytes) {
+                let why = format!("the log file {} is missing or cut off", path.display());
+                return self.lose(state, *first, &why);
+            }
+        }
+        Ok(())
     }
 
     /// Gives up the chain from `first` on. The head stays what it was, so that numbers never mean two
@@ -141,7 +140,7 @@ impl Store {
             return Ok(());
         };
         let OpenLog { file, .. } = log.open(&folder)?;
-        match log::verify(&mut At::start(&file)) {
+        match log::verify(&mut At::start(&*file)) {
             Err(error) if !error.is_io() => self.lose(
                 &mut state,
                 log.row.first,
@@ -153,11 +152,11 @@ impl Store {
 
     /// Takes in a log that was renamed but not committed; removes what the catalog does not name.
     fn settle_log_files(&self, state: &mut State) -> Result<()> {
-        let folder = state.folder().logs();
+        let folder = state.folder();
         let named = |state: &State, name: &str| state.logs.values().any(|log| log.row.file == name);
-        for entry in fs::read_dir(&folder).map_err(Error::io("reading", &folder))? {
-            let entry = entry.map_err(Error::io("reading", &folder))?;
-            let name = entry.file_name().to_string_lossy().into_owned();
+        for name in folder.files.names(&folder.logs())? {
+            let path = folder.logs().join(&name);
+            let name = name.to_string_lossy().into_owned();
             if named(state, &name) {
                 continue;
             }
@@ -166,8 +165,8 @@ impl Store {
             if is_next && self.adopt(state, &name)? {
                 tracing::info!(vm = %state.row.name, log = %next, "a log that had arrived just before the end was taken in");
             } else {
-                tracing::info!(file = %entry.path().display(), "a file that belongs to no chain is removed");
-                remove_file(&entry.path())?;
+                tracing::info!(file = %path.display(), "a file that belongs to no chain is removed");
+                folder.files.remove_file(&path)?;
             }
         }
         Ok(())
@@ -175,14 +174,14 @@ impl Store {
 
     fn adopt(&self, state: &mut State, name: &str) -> Result<bool> {
         let path = state.folder().log(name);
-        let file = crate::files::open_read(&path)?;
-        let Ok(verified) = log::verify(&mut At::start(&file)) else { return Ok(false) };
+        let file = state.files.open_read(&path)?;
+        let Ok(verified) = log::verify(&mut At::start(&*file)) else { return Ok(false) };
         let fits = format!("{}.log", verified.header.number) == name;
         if !fits || check_continues(state, &verified.header).is_err() {
             return Ok(false);
         }
         // It had been synced before it was renamed; the rename may not have been.
-        crate::files::sync_folder(&state.folder().logs())?;
+        state.files.sync_folder(&state.folder().logs())?;
         let row = LogRow::from_verified(&verified, verified.header.number, name.to_owned());
         self.add_to_chain(state, row, &verified.header)?;
         Ok(true)
@@ -193,15 +192,13 @@ impl Store {
         let folder = state.folder();
         let next = state.row.doc.head.number.next();
         let mut keep: Option<Head> = None;
-        let path = folder.incoming();
-        for entry in fs::read_dir(&path).map_err(Error::io("reading", &path))? {
-            let name = entry.map_err(Error::io("reading", &path))?.file_name();
+        for name in folder.files.names(&folder.incoming())? {
             if let Some((number, id)) = name.to_str().and_then(parse_partial)
                 && number == next
             {
                 keep = Some(Head { number, id });
             }
         }
-        remove_partials(&Folder(folder.0), keep)
+        remove_partials(&folder, keep)
     }
 }

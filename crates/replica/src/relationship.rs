@@ -6,7 +6,6 @@ use std::time::Duration;
 use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName};
 
 use crate::error::{Error, Refused, Result};
-use crate::files::{Folder, remove_folder};
 use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
 use crate::step::durable_step;
 use crate::store::Store;
@@ -66,20 +65,20 @@ impl Store {
 
     fn create(&self, peer: &str, offer: Offer) -> Result<Standing> {
         let now = self.now();
-        let folder = Folder(self.home(offer.vm));
+        let folder = self.home(offer.vm);
         // What lies there is of a replica whose removal was cut off.
-        remove_folder(&folder.0)?;
+        folder.files.remove_folder(&folder.path)?;
         folder.create()?;
         durable_step("replica::offer::made");
         let row = VmRow {
             vm: offer.vm,
             name: offer.name.clone(),
             peer: peer.to_owned(),
-            folder: folder.0,
+            folder: folder.path,
             definition: offer.definition.to_string(),
             doc: first_doc(&offer, now),
         };
-        let mut state = State::new(row.clone(), now);
+        let mut state = State::new(row.clone(), folder.files, now);
         self.commit_row(&mut state, row)?;
         crate::rebuild::describe(&state)?;
         durable_step("replica::offer::committed");
@@ -158,7 +157,7 @@ impl Store {
         state.revoke_views("the replica was removed");
         *receiving = None;
         self.vms_mut().remove(&id);
-        remove_folder(&state.row.folder)
+        state.files.remove_folder(&state.row.folder)
     }
 }
 

@@ -1,7 +1,6 @@
 //! The store: all VMs, and the way to each.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use catalog::{Catalog, Transaction, rusqlite};
@@ -9,6 +8,8 @@ use model::{LogNumber, Timestamp, VmId, VmName};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::folder::Folder;
+use crate::fs::Files;
 use crate::rows::{self, VmRow};
 use crate::vm::{State, Vm};
 use crate::worker::Workers;
@@ -106,8 +107,13 @@ impl Store {
     }
 
     /// Where a VM's files are kept unless they were moved.
-    pub(crate) fn home(&self, vm: VmId) -> PathBuf {
-        self.inner.config.dir.join("vms").join(vm.to_string())
+    pub(crate) fn home(&self, vm: VmId) -> Folder {
+        Folder { files: self.files(), path: self.inner.config.dir.join("vms").join(vm.to_string()) }
+    }
+
+    /// The file system that the store is on.
+    pub(crate) fn files(&self) -> Files {
+        Files(self.inner.config.files.clone())
     }
 
     /// Commits a changed row with whatever changes beside it; only then the state has it too.

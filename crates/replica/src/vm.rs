@@ -5,18 +5,18 @@
 //! the catalog under it). Whoever holds `state` sees a chain that does not change, so the gate's answer
 //! and the pin that follows from it are one step.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
+use files::File;
 use log::{Index, LogMeta};
 use model::{ApplyState, DiskName, Health, LogNumber, Phase, PointInfo, Timestamp, VmId};
 
 use crate::error::{Error, Result};
-use crate::files::{Folder, open_read};
+use crate::folder::Folder;
+use crate::fs::Files;
 use crate::reader::ChainReader;
 use crate::receive::Incoming;
 use crate::rows::{DiskSize, HoldRow, LogRow, VmRow};
@@ -34,6 +34,8 @@ pub(crate) struct Vm {
 /// What is true of a VM now. The row, logs and points are what the catalog has.
 pub(crate) struct State {
     pub row: VmRow,
+    /// The file system that the VM's folder is on.
+    pub files: Files,
     pub logs: BTreeMap<LogNumber, Arc<ChainLog>>,
     pub points: BTreeMap<LogNumber, PointInfo>,
     pub holds: Vec<HoldRow>,
@@ -50,7 +52,7 @@ pub(crate) struct State {
     pub retry_at: Timestamp,
     pub health: (Health, Timestamp),
     /// Groups of logs that are not worth merging: the answer changes only when the logs do.
-    pub not_worthwhile: HashSet<Vec<LogNumber>>,
+    pub not_worthwhile: BTreeSet<Vec<LogNumber>>,
     /// The newest state, as the last call for digests read it.
     pub newest: Option<(LogNumber, Arc<ChainReader>)>,
     pub removed: bool,
@@ -83,9 +85,10 @@ impl Vm {
 }
 
 impl State {
-    pub fn new(row: VmRow, now: Timestamp) -> Self {
+    pub fn new(row: VmRow, files: Files, now: Timestamp) -> Self {
         Self {
             row,
+            files,
             logs: BTreeMap::new(),
             points: BTreeMap::new(),
             holds: Vec::new(),
@@ -97,14 +100,14 @@ impl State {
             barriers_made: 0,
             retry_at: Timestamp::default(),
             health: (Health::Normal, now),
-            not_worthwhile: HashSet::new(),
+            not_worthwhile: BTreeSet::new(),
             newest: None,
             removed: false,
         }
     }
 
     pub fn folder(&self) -> Folder {
-        Folder(self.row.folder.clone())
+        Folder { files: self.files.clone(), path: self.row.folder.clone() }
     }
 
     pub fn applied(&self) -> LogNumber {
@@ -163,23 +166,23 @@ impl State {
 /// A log of the chain. Its file is opened when it is needed, and shared by all that read it.
 pub(crate) struct ChainLog {
     pub row: LogRow,
-    opened: Mutex<Weak<File>>,
+    opened: Mutex<Option<Weak<dyn File>>>,
 }
 
 impl ChainLog {
     pub fn new(row: LogRow) -> Arc<Self> {
-        Arc::new(Self { row, opened: Mutex::new(Weak::new()) })
+        Arc::new(Self { row, opened: Mutex::new(None) })
     }
 
     /// The log's file, which stays readable after it was removed from its folder.
     pub fn open(self: &Arc<Self>, folder: &Folder) -> Result<OpenLog> {
         let path = folder.log(&self.row.file);
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = match opened.upgrade() {
+        let file = match opened.as_ref().and_then(Weak::upgrade) {
             Some(file) => file,
             None => {
-                let file = Arc::new(open_read(&path)?);
-                *opened = Arc::downgrade(&file);
+                let file = folder.files.open_read(&path)?;
+                *opened = Some(Arc::downgrade(&file));
                 file
             }
         };
@@ -191,14 +194,14 @@ impl ChainLog {
 #[derive(Debug, Clone)]
 pub(crate) struct OpenLog {
     pub number: LogNumber,
-    pub file: Arc<File>,
+    pub file: Arc<dyn File>,
     pub path: PathBuf,
 }
 
 impl OpenLog {
     /// What the log holds, read from the end of its file.
     pub fn meta(&self) -> Result<LogMeta> {
-        let meta = log::read_index(&mut At::start(&self.file)).map_err(|source| self.damaged(source))?;
+        let meta = log::read_index(&mut At::start(&*self.file)).map_err(|source| self.damaged(source))?;
         Ok(meta)
     }
 
@@ -210,12 +213,12 @@ impl OpenLog {
     pub fn record(&self, entry: &log::RecordEntry, stored: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<()> {
         let range = entry.file_range();
         stored.resize(usize::try_from(range.end - range.start).unwrap_or(0), 0);
-        read_exact(&self.file, &self.path, stored, range.start)?;
+        read_exact(&*self.file, &self.path, stored, range.start)?;
         log::decode_record(entry, stored, out).map_err(|source| self.damaged(source))
     }
 }
 
-pub(crate) fn read_exact(file: &File, path: &Path, buf: &mut [u8], offset: u64) -> Result<()> {
+pub(crate) fn read_exact(file: &dyn File, path: &Path, buf: &mut [u8], offset: u64) -> Result<()> {
     file.read_exact_at(buf, offset).map_err(Error::io("reading", path))
 }
 
@@ -243,12 +246,12 @@ impl Indexed {
 
 /// A reader with a position of its own: the file's is shared by all that have it open.
 pub(crate) struct At<'a> {
-    file: &'a File,
+    file: &'a dyn File,
     position: u64,
 }
 
 impl<'a> At<'a> {
-    pub const fn start(file: &'a File) -> Self {
+    pub const fn start(file: &'a dyn File) -> Self {
         Self { file, position: 0 }
     }
 }
@@ -266,7 +269,7 @@ impl Seek for At<'_> {
         let position = match to {
             SeekFrom::Start(position) => Some(position),
             SeekFrom::Current(by) => self.position.checked_add_signed(by),
-            SeekFrom::End(by) => self.file.metadata()?.len().checked_add_signed(by),
+            SeekFrom::End(by) => self.file.len()?.checked_add_signed(by),
         };
         self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.position)

@@ -1,6 +1,8 @@
 //! A primary in miniature: disks as byte arrays, real logs of what was written to them, a real store.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod memory;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
