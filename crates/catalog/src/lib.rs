@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 pub use rusqlite::{self, OptionalExtension, Transaction, params};
 use rusqlite::{Connection, OpenFlags};
+use steps::durable_step;
 
 /// What can go wrong with the catalog.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +117,7 @@ impl Catalog {
     /// Brings `owner`'s tables to the newest of `migrations` (each one or more SQL statements).
     pub fn migrate(&self, owner: &'static str, migrations: &'static [&'static str]) -> Result<(), Error> {
         let path = self.path.to_path_buf();
+        durable_step("catalog::migrating");
         let version = self.write(move |tx| {
             tx.execute_batch("CREATE TABLE IF NOT EXISTS migrations (owner TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT")?;
             let version: usize = tx
@@ -130,6 +132,7 @@ impl Catalog {
             }
             Ok(version)
         })?;
+        durable_step("catalog::migrated");
         if version > migrations.len() {
             return Err(Error::Newer { path, owner, found: version, known: migrations.len() });
         }
@@ -226,7 +229,10 @@ fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path) {
     let mut answers = Vec::with_capacity(group.len());
     let committed = connection.transaction().and_then(|tx| {
         answers.extend(group.into_iter().map(|change| change(&tx)));
-        tx.commit()
+        durable_step("catalog::committing");
+        tx.commit()?;
+        durable_step("catalog::committed");
+        Ok(())
     });
     if let Err(error) = &committed {
         tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");

@@ -15,6 +15,7 @@ use model::{
     phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
+use steps::durable_step;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use wire::{Offer, OfferedDisk, RelationshipStatus};
@@ -129,7 +130,9 @@ impl<P: Ports> Relationship<P> {
             let why = why.clone();
             return Err(self.require_resync(why).await?);
         }
+        durable_step("primary::offer::saving");
         self.row.save(&self.shared.catalog).await?;
+        durable_step("primary::offer::saved");
         vm.cleanup(disks, Some(self.row.shipped.tracking)).await?;
         Ok(())
     }
@@ -187,7 +190,9 @@ impl<P: Ports> Relationship<P> {
         tracing::warn!(vm = %self.row.name, %why, "resynchronization is required");
         self.row.phase = Phase::ResyncRequired { why };
         self.squared = false;
+        durable_step("primary::resync::saving");
         self.row.save(&self.shared.catalog).await?;
+        durable_step("primary::resync::saved");
         self.tell_replica().await;
         Ok(Failure::transient(FailureCode::ResyncRequired, message))
     }
@@ -305,7 +310,10 @@ struct Rows<'a> {
 impl Ledger for Rows<'_> {
     async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure> {
         self.row.shipped.attempt = Some(attempt);
-        Ok(self.row.save(self.catalog).await?)
+        durable_step("primary::attempt::saving");
+        self.row.save(self.catalog).await?;
+        durable_step("primary::attempt::saved");
+        Ok(())
     }
 
     async fn durable(&mut self, attempt: LogAttempt, makes_point: bool) -> Result<(), Failure> {
@@ -319,7 +327,10 @@ impl Ledger for Rows<'_> {
                 row.app_at = Some(self.moment);
             }
         }
-        Ok(row.save(self.catalog).await?)
+        durable_step("primary::acked::saving");
+        row.save(self.catalog).await?;
+        durable_step("primary::acked::saved");
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use model::{INTERVAL_SECONDS, POINTS_MAX, Shipped, VmId};
+use steps::durable_step;
 
 use crate::ProtectRequest;
 use crate::error::Error;
@@ -40,7 +41,9 @@ impl<P: Ports> Relationship<P> {
         }
         row.disks = find_disks(&row, &shared.ports).await?;
         row.phase = first_phase(row.total_bytes());
+        durable_step("primary::protect::saving");
         row.save(&shared.catalog).await?;
+        durable_step("primary::protect::saved");
         Ok(Self::new(row, shared.clone()))
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{ApplyState, HealthInput, Phase, Progress, ResyncReason, Timestamp, assess};
+use steps::durable_step;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use wire::{RateLimiter, Report};
@@ -173,7 +174,9 @@ impl<P: Ports> Relationship<P> {
 
     async fn set_paused(&mut self, paused: bool) -> Result<(), Failure> {
         self.row.paused = paused;
+        durable_step("primary::pause::saving");
         self.row.save(&self.shared.catalog).await?;
+        durable_step("primary::pause::saved");
         self.tell_replica().await;
         Ok(())
     }
@@ -258,9 +261,11 @@ impl<P: Ports> Relationship<P> {
                 }
             }
         }
+        durable_step("primary::cycle::settling");
         if let Err(error) = self.row.save(&self.shared.catalog).await {
             tracing::error!(vm = %self.row.name, %error, "the cycle could not be written down");
         }
+        durable_step("primary::cycle::settled");
     }
 
     /// Tells the replica's site where we stand, as far as it can be reached.

@@ -8,6 +8,7 @@ use catalog::rusqlite::Row;
 use catalog::{Catalog, params, rusqlite};
 use model::{DiskName, Phase, Shipped, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
+use steps::durable_step;
 
 use crate::error::Failure;
 
@@ -165,7 +166,9 @@ pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
 /// Forgets a VM.
 pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
     let id = vm.to_string();
+    durable_step("primary::forget::removing");
     catalog.change(move |tx| tx.execute("DELETE FROM protected WHERE vm = ?1", [id])).await?;
+    durable_step("primary::forget::removed");
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 use model::{BLOCK_BYTES, LogNumber, ResyncReason, Tracking};
 use serde_json::{Value, json};
+use steps::durable_step;
 
 use crate::disks::Disk;
 use crate::error::Error;
@@ -143,7 +144,9 @@ pub(crate) async fn remove(
 /// Runs actions as one; none is nothing to do.
 pub(crate) async fn transaction(qmp: &Qmp, actions: Vec<Value>) -> Result<(), Error> {
     if !actions.is_empty() {
+        durable_step("qemu::transaction::sending");
         qmp.run(Command::new("transaction", json!({ "actions": actions }))).await?;
+        durable_step("qemu::transaction::done");
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use model::{DiskName, LogNumber, Timestamp, Tracking};
 use serde_json::{Value, json};
+use steps::durable_step;
 use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -316,6 +317,7 @@ async fn fix(
     started: Instant,
 ) -> Result<(Capture, Option<Freeze>), Error> {
     scratch::attach(vm.qmp(), vm.names(), scratch, &request.disks).await?;
+    durable_step("qemu::scratch::attached");
     let prepare = started.elapsed();
     let transaction = fix_moment(vm, request);
     let (fixed, freeze) = match agent {

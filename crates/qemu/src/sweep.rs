@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use steps::durable_step;
 use tokio::sync::broadcast;
 use tokio::time::{Instant, timeout};
 
@@ -25,12 +26,17 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// was anything.
 pub(crate) async fn sweep(qmp: &Qmp, names: &Names) -> Result<bool, Error> {
     let sweep = Sweep { qmp, names };
+    durable_step("qemu::sweep::begin");
     let exports = sweep.exports().await?;
+    durable_step("qemu::sweep::exports");
     let jobs = sweep.jobs().await?;
+    durable_step("qemu::sweep::jobs");
     let files = sweep.nodes().await?;
+    durable_step("qemu::sweep::nodes");
     for path in &files {
         remove_file(path)?;
     }
+    durable_step("qemu::sweep::files");
     Ok(exports || jobs || !files.is_empty())
 }
 
