@@ -17,13 +17,13 @@ use chain::{ApplyPlan, Overlay, OverlayBuilder, RecordWork, apply_batches};
 use files::File;
 use log::RecordEntry;
 use model::{ApplyState, DiskName, LogNumber};
+use steps::durable_step;
 
 use crate::changemap::ChangeMap;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::maintain::Step;
 use crate::rows::{self, Applying, Base};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::{ChainLog, Indexed, OpenLog, State, Vm};
 
@@ -91,6 +91,7 @@ impl Store {
 
     /// Carries a job out. Under the VM's `work` lock.
     pub(crate) fn run_apply(&self, vm: &Vm, job: ApplyJob) -> Result<Step> {
+        durable_step("replica::apply::noting");
         let described = crate::rebuild::describe(&vm.lock());
         let outcome = described.and_then(|()| {
             durable_step("replica::apply::noted");
@@ -124,9 +125,11 @@ impl Store {
             applying.failed = Some((since, text));
         }
         // If even this fails (a full disk), the next start finds an apply that was interrupted: as good.
+        durable_step("replica::apply::failing");
         if let Err(error) = self.commit_row(&mut state, row) {
             tracing::error!(%error, "that the apply failed could not be written down");
         }
+        durable_step("replica::apply::failed");
     }
 
     fn end_apply(&self, vm: &Vm, job: &ApplyJob, base: Base) -> Result<()> {
@@ -134,6 +137,7 @@ impl Store {
         let mut row = state.row.clone();
         row.doc.base = base;
         row.doc.applying = None;
+        durable_step("replica::apply::describing");
         crate::rebuild::describe_row(&row, &state)?;
         durable_step("replica::apply::described");
         let (id, through) = (vm.id, job.through);
@@ -181,6 +185,7 @@ impl Store {
         durable_step("replica::apply::written");
         for target in targets.values() {
             target.file.sync_all().map_err(Error::io("syncing", &target.path))?;
+            durable_step("replica::apply::flushed");
         }
         job.folder.files.sync_folder(&job.folder.disks())?;
         durable_step("replica::apply::synced");
@@ -253,7 +258,9 @@ fn raise_maps(job: &ApplyJob, overlay: &Overlay, sizes: &[u64]) -> Result<()> {
         for (chunks, log) in overlay.changes(place, sizes[place]) {
             map.raise(chunks, log)?;
         }
+        durable_step("replica::apply::raising");
         map.sync()?;
+        durable_step("replica::apply::raised");
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use chain::CHANGE_CHUNK_BYTES;
 use files::File;
 use log::Extent;
 use model::LogNumber;
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::fs::Files;
@@ -47,7 +48,9 @@ impl ChangeMap {
             .write_all_at(unknown.as_flattened(), known * ENTRY_BYTES)
             .map_err(Error::io("writing", path))?;
         if fresh && let Some(folder) = path.parent() {
+            durable_step("replica::map::made");
             files.sync_folder(folder)?;
+            durable_step("replica::map::settled");
         }
         Ok(map)
     }

@@ -17,13 +17,13 @@ use chain::{CompactPlan, apply_batches, merged_header};
 use files::File;
 use log::{Batcher, Encoder, RawRecord, RecordEntry, Verified};
 use model::{DiskName, LogNumber};
+use steps::durable_step;
 
 use crate::error::{Error, Result, is_no_space};
 use crate::folder::Folder;
 use crate::fs::Files;
 use crate::maintain::Step;
 use crate::rows::{self, LogRow};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::{ChainLog, Indexed, OpenLog, Vm};
 
@@ -111,6 +111,7 @@ impl Store {
         };
         durable_step("replica::compact::synced");
         folder.files.rename(&fresh, &target)?;
+        durable_step("replica::compact::named");
         folder.files.sync_folder(&folder.logs())?;
         durable_step("replica::compact::renamed");
         let mut row = LogRow::from_verified(&verified, first, name);
@@ -131,10 +132,12 @@ impl Store {
     fn swap(&self, vm: &Vm, plan: &CompactPlan, row: LogRow) -> Result<Vec<Arc<ChainLog>>> {
         let mut state = vm.live()?;
         let (id, first, last, saved) = (vm.id, *plan.logs.start(), *plan.logs.end(), row.clone());
+        durable_step("replica::compact::swapping");
         self.catalog().write(move |tx| {
             rows::remove_logs(tx, id, first, last)?;
             rows::add_log(tx, id, &saved)
         })?;
+        durable_step("replica::compact::swapped");
         let gone: Vec<LogNumber> = state.logs.range(plan.logs.clone()).map(|(number, _)| *number).collect();
         let gone = gone.into_iter().filter_map(|number| state.logs.remove(&number)).collect();
         state.logs.insert(row.number, ChainLog::new(row));
@@ -169,7 +172,9 @@ fn write_merged(
     merged.records(plan, group)?;
     let (summary, out) = merged.encoder.finish(footer).map_err(|e| encode_error(path, e))?;
     let out = out.into_inner().map_err(|error| Error::io("writing", path)(error.into_error()))?;
+    durable_step("replica::compact::written");
     out.file.sync_all().map_err(Error::io("syncing", path))?;
+    durable_step("replica::compact::flushed");
     Ok((summary, footer))
 }
 

@@ -15,11 +15,11 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use model::{ApplyState, DiskName, LogNumber, Phase, VmId};
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::relationship::set_phase;
 use crate::rows::{self, Applying, FailoverRow};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::Vm;
 
@@ -79,6 +79,7 @@ impl Store {
         }
         let gone: Vec<LogNumber> = state.points.range(..point).map(|(number, _)| *number).collect();
         let (id, dropped) = (vm.id, gone.clone());
+        durable_step("replica::failover::marking");
         self.commit(&mut state, row, move |tx| rows::remove_points(tx, id, &dropped))?;
         state.points.retain(|number, _| !gone.contains(number));
         state.revoke_views("a failover of the VM has begun");
@@ -112,10 +113,13 @@ impl Store {
             let size = disk.size_bytes.to_string();
             let paths = [disk.base.as_os_str(), disk.overlay.as_os_str(), size.as_ref()];
             qemu_img(&[&options[..], &paths[..]].concat())?;
+            durable_step("replica::failover::layered");
             let overlay = folder.files.open_read(&disk.overlay)?;
             overlay.sync_all().map_err(Error::io("syncing", &disk.overlay))?;
+            durable_step("replica::failover::flushed");
         }
         folder.files.sync_folder(&folder.failover())?;
+        durable_step("replica::failover::settling");
         folder.files.sync_folder(&folder.path)?;
         durable_step("replica::failover::overlaid");
         let mut state = vm.live()?;
@@ -153,7 +157,6 @@ impl Store {
         let _work = vm.work();
         let mut state = vm.live()?;
         let Some(failover) = state.row.doc.failover.clone() else { return Ok(()) };
-        state.files.remove_folder(&state.folder().failover())?;
         let mut row = state.row.clone();
         row.doc.failover = None;
         row.doc.phase = failover.before;
@@ -163,11 +166,14 @@ impl Store {
             // by nobody before that.
             state.apply = ApplyState::Interrupted { since: self.now() };
         }
+        durable_step("replica::failover::cancelling");
         self.commit_row(&mut state, row)?;
         durable_step("replica::failover::cancelled");
+        // Only now: a failover that is ready has its layers. What stays here is removed at the next start.
+        let removed = state.files.remove_folder(&state.folder().failover());
         drop(state);
         self.wake(vm.id);
-        Ok(())
+        removed
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use model::{DiskName, LogId, LogNumber};
+use steps::durable_step;
 
 use crate::error::Result;
 use crate::fs::Files;
@@ -61,8 +62,12 @@ impl Folder {
         for folder in [self.disks(), self.logs(), self.incoming(), self.changes()] {
             self.files.make_folder(&folder)?;
         }
+        durable_step("replica::folder::made");
         self.files.sync_folder(&self.path)?;
-        self.path.parent().map_or(Ok(()), |parent| self.files.sync_folder(parent))
+        durable_step("replica::folder::synced");
+        self.path.parent().map_or(Ok(()), |parent| self.files.sync_folder(parent))?;
+        durable_step("replica::folder::settled");
+        Ok(())
     }
 }
 

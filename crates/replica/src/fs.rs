@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use files::{File, Open};
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 
@@ -80,9 +81,17 @@ impl Files {
         unless_gone(self.0.remove_file(path)).map_err(Error::io("removing", path))
     }
 
-    /// Removes a folder with all that is in it; it does not matter if it is gone.
+    /// Removes a folder with all that is in it, durably: what a power cut brought back would be nobody's. It does
+    /// not matter if it is gone.
     pub fn remove_folder(&self, path: &Path) -> Result<()> {
-        unless_gone(self.0.remove_dir_all(path)).map_err(Error::io("removing", path))
+        match self.0.remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            removed => removed.map_err(Error::io("removing", path))?,
+        }
+        durable_step("replica::folder::removed");
+        path.parent().map_or(Ok(()), |folder| self.sync_folder(folder))?;
+        durable_step("replica::folder::gone");
+        Ok(())
     }
 
     pub fn make_folder(&self, path: &Path) -> Result<()> {

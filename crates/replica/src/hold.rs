@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use model::gate::{Access, Admission};
 use model::{ApplyState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::gate::{Admitted, Pin};
 use crate::rows::{self, HoldRow};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::view::ConsistentView;
 use crate::vm::{State, Vm};
@@ -92,9 +92,10 @@ impl Store {
         let row =
             HoldRow { id: self.new_hold_id()?, vm: vm.id, point: pin.point.number, made_at, expires_at };
         let saved = row.clone();
+        durable_step("replica::hold::making");
         self.catalog().write(move |tx| rows::add_hold(tx, &saved))?;
         durable_step("replica::hold::committed");
-        let hold = describe(&state, &row, pin.point);
+        let hold = shown(&state, &row, pin.point);
         state.holds.push(row);
         drop(state); // the pin takes the lock when it goes
         Ok((hold, admission))
@@ -105,7 +106,7 @@ impl Store {
         let vm = self.vm(vm)?;
         let (state, now) = (vm.live()?, self.now());
         let lasting = state.holds.iter().filter(|hold| hold.expires_at > now);
-        Ok(lasting.filter_map(|hold| Some(describe(&state, hold, *state.points.get(&hold.point)?))).collect())
+        Ok(lasting.filter_map(|hold| Some(shown(&state, hold, *state.points.get(&hold.point)?))).collect())
     }
 
     /// Ends a hold. True if it still lasted: only then is what was read of its files the point's.
@@ -116,7 +117,9 @@ impl Store {
             let Some(place) = state.holds.iter().position(|hold| hold.id == id) else { continue };
             let lasted = state.holds[place].expires_at > self.now();
             let gone = id.to_owned();
+            durable_step("replica::hold::releasing");
             self.catalog().write(move |tx| rows::remove_hold(tx, &gone))?;
+            durable_step("replica::hold::released");
             state.holds.remove(place);
             drop(state);
             vm.changed.notify_all();
@@ -168,7 +171,9 @@ impl Store {
         if expired.is_empty() {
             return Ok(());
         }
+        durable_step("replica::hold::expiring");
         self.catalog().write(move |tx| expired.iter().try_for_each(|id| rows::remove_hold(tx, id)))?;
+        durable_step("replica::hold::expired");
         state.holds.retain(|hold| hold.expires_at > now);
         Ok(())
     }
@@ -209,7 +214,7 @@ fn find<'a>(state: &'a State, id: &str, now: Timestamp) -> Option<&'a HoldRow> {
     state.holds.iter().find(|hold| hold.id == id && hold.expires_at > now)
 }
 
-fn describe(state: &State, row: &HoldRow, point: PointInfo) -> Hold {
+fn shown(state: &State, row: &HoldRow, point: PointInfo) -> Hold {
     let folder = state.folder();
     let disks = state.row.doc.base.disks.iter().map(|disk| HeldDisk {
         name: disk.name.clone(),

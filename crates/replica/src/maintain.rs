@@ -3,11 +3,11 @@
 
 use chain::{RetentionInput, RetentionPlan, plan_retention};
 use model::{ApplyState, LogNumber, PointInfo, Timestamp, VmId};
+use steps::durable_step;
 
 use crate::apply::ApplyJob;
 use crate::error::{Error, Result};
 use crate::rows;
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::{State, Vm};
 
@@ -88,6 +88,7 @@ impl Store {
         }
         if !plan.drop.is_empty() {
             let (id, gone) = (vm.id, plan.drop.clone());
+            durable_step("replica::retention::dropping");
             self.catalog().write(move |tx| rows::remove_points(tx, id, &gone))?;
             durable_step("replica::retention::committed");
             state.points.retain(|number, _| !plan.drop.contains(number));

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use model::VmId;
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::rows::Migrating;
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::Vm;
 
@@ -59,6 +59,7 @@ impl Store {
         }
         let mut row = state.row.clone();
         row.doc.migrating = Some(Migrating { since: self.now(), to: target.path.clone() });
+        durable_step("replica::migrate::marking");
         self.commit_row(&mut state, row)?;
         *receiving = None;
         durable_step("replica::migrate::marked");
@@ -87,7 +88,10 @@ impl Store {
         target.files.remove_folder(&target.path)?;
         let mut row = state.row.clone();
         row.doc.migrating = None;
-        self.commit_row(&mut state, row)
+        durable_step("replica::migrate::giving-up");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::migrate::given-up");
+        Ok(())
     }
 
     /// Removes the folder that a VM has moved out of.
@@ -97,7 +101,10 @@ impl Store {
         state.files.remove_folder(&leftover)?;
         let mut row = state.row.clone();
         row.doc.leftover = None;
-        self.commit_row(&mut state, row)
+        durable_step("replica::migrate::forgetting");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::migrate::forgotten");
+        Ok(())
     }
 }
 
@@ -111,10 +118,16 @@ fn copy_folders(source: &Folder, target: &Folder) -> Result<()> {
     ];
     for (from, to) in parts {
         for name in files.names(&from)? {
+            durable_step("replica::migrate::copying");
             files.copy_sparse(&from.join(&name), &to.join(&name))?;
+            durable_step("replica::migrate::file-copied");
         }
         files.sync_folder(&to)?;
+        durable_step("replica::migrate::folder-synced");
     }
     files.copy_sparse(&source.description(), &target.description())?;
-    files.sync_folder(&target.path)
+    durable_step("replica::migrate::described");
+    files.sync_folder(&target.path)?;
+    durable_step("replica::migrate::settled");
+    Ok(())
 }

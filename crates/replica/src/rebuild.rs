@@ -206,6 +206,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         leftover: None,
         failover: None,
         withdrawn: false,
+        removing: false,
         damage: None,
     }
 }

@@ -16,13 +16,13 @@ use chain::{Tip, check_next};
 use files::File;
 use log::{Header, Verified, Verifier};
 use model::{Head, LogId, LogNumber, Phase, Purpose, VmId, phase_after};
+use steps::durable_step;
 
 use crate::error::{Error, Refused, Result, is_no_space};
 use crate::folder::{Folder, parse_partial};
 use crate::fs::Files;
 use crate::relationship::{check_peer, refuses_logs, set_phase};
 use crate::rows::{self, LogRow};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::{ChainLog, State, Vm, read_exact};
 
@@ -207,7 +207,10 @@ impl Store {
         let files = &folder.files;
         files.rename(path, &target)?;
         durable_step("replica::receive::renamed");
-        let settled = files.sync_folder(&folder.logs()).and_then(|()| files.sync_folder(&folder.incoming()));
+        let settled = files.sync_folder(&folder.logs()).and_then(|()| {
+            durable_step("replica::receive::listed");
+            files.sync_folder(&folder.incoming())
+        });
         durable_step("replica::receive::folders");
         let row = LogRow::from_verified(verified, head.number, name);
         let outcome = settled.and_then(|()| self.add_to_chain(&mut state, row, &verified.header));
@@ -239,10 +242,12 @@ impl Store {
             }
         }
         let (vm, saved) = (state.row.vm, log.clone());
+        durable_step("replica::receive::chaining");
         let outcome = self.commit(state, row.clone(), move |tx| {
             rows::add_log(tx, vm, &saved)?;
             point.iter().try_for_each(|point| rows::add_point(tx, vm, point))
         });
+        durable_step("replica::receive::chained");
         if let Err(error) = outcome {
             // A commit that failed at its very end may be in the catalog all the same: what it says counts.
             if !rows::load_logs(self.catalog(), vm)?.contains(&log) {

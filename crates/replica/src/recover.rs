@@ -9,12 +9,15 @@
 //! | a partial log that would be the next | kept, goes on where it is |
 //! | an apply that has begun | interrupted (or failed): it is run again before anything else |
 //! | a hold that has run out | forgotten |
+//! | a VM that is being removed | its files are removed, and its rows |
+//! | layers of a failover that there is not | removed |
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use model::{ApplyState, Head, LogNumber, Phase, ResyncReason};
+use steps::durable_step;
 
 use crate::error::Result;
 use crate::folder::{parse_log, parse_partial};
@@ -28,13 +31,19 @@ impl Store {
     pub(crate) fn recover(&self) -> Result<()> {
         let vms_folder = self.inner.config.dir.join("vms");
         self.files().make_folder(&vms_folder)?;
+        durable_step("replica::recover::made");
         self.files().sync_folder(&self.inner.config.dir)?;
+        durable_step("replica::recover::settled");
         let mut holds: BTreeMap<_, Vec<HoldRow>> = BTreeMap::new();
         for hold in rows::load_holds(self.catalog())? {
             holds.entry(hold.vm).or_default().push(hold);
         }
         for row in rows::load_vms(self.catalog())? {
             let id = row.vm;
+            if row.doc.removing {
+                self.end_removal(&row)?;
+                continue;
+            }
             let vm = self.recover_vm(row, holds.remove(&id).unwrap_or_default())?;
             self.vms_mut().insert(id, vm);
         }
@@ -46,6 +55,10 @@ impl Store {
         let mut state = State::new(row, self.files(), now);
         self.end_migration(&mut state)?;
         state.folder().create()?;
+        if state.row.doc.failover.is_none() {
+            // Of one that was cancelled, and a power cut brought back.
+            state.files.remove_folder(&state.folder().failover())?;
+        }
         state.holds = holds;
         self.expire_holds(&mut state)?;
         for log in rows::load_logs(self.catalog(), state.row.vm)? {
@@ -73,7 +86,12 @@ impl Store {
         if let Some(leftover) = row.doc.leftover.take() {
             state.files.remove_folder(&leftover)?;
         }
-        if row != state.row { self.commit_row(state, row) } else { Ok(()) }
+        if row != state.row {
+            durable_step("replica::recover::ending-move");
+            self.commit_row(state, row)?;
+            durable_step("replica::recover::ended-move");
+        }
+        Ok(())
     }
 
     /// Ends the chain before the first log whose file is not what its row says.
@@ -117,11 +135,13 @@ impl Store {
         let gone: Vec<LogNumber> =
             state.points.keys().filter(|number| dirty || **number >= first).copied().collect();
         let (id, dropped) = (row.vm, gone.clone());
+        durable_step("replica::recover::losing");
         self.commit(state, row, move |tx| {
             rows::remove_points(tx, id, &dropped)?;
             rows::remove_logs(tx, id, first, LogNumber(u64::MAX))?;
             rows::forget_parents(tx, id, first)
         })?;
+        durable_step("replica::recover::lost");
         if dirty {
             state.apply = ApplyState::Idle;
         }
@@ -181,7 +201,9 @@ impl Store {
             return Ok(false);
         }
         // It had been synced before it was renamed; the rename may not have been.
+        durable_step("replica::recover::adopting");
         state.files.sync_folder(&state.folder().logs())?;
+        durable_step("replica::recover::adopted");
         let row = LogRow::from_verified(&verified, verified.header.number, name.to_owned());
         self.add_to_chain(state, row, &verified.header)?;
         Ok(true)

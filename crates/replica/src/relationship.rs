@@ -4,10 +4,10 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName};
+use steps::durable_step;
 
 use crate::error::{Error, Refused, Result};
 use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
-use crate::step::durable_step;
 use crate::store::Store;
 use crate::vm::{State, Vm};
 
@@ -80,6 +80,7 @@ impl Store {
         };
         let mut state = State::new(row.clone(), folder.files, now);
         self.commit_row(&mut state, row)?;
+        durable_step("replica::offer::describing");
         crate::rebuild::describe(&state)?;
         durable_step("replica::offer::committed");
         let standing = standing(&state);
@@ -105,10 +106,13 @@ impl Store {
             |row: &VmRow| (row.name.clone(), row.doc.interval_s, row.doc.points, row.doc.offered.clone());
         let changed = described(&row) != described(&state.row);
         if row != state.row {
+            durable_step("replica::offer::updating");
             self.commit_row(&mut state, row)?;
+            durable_step("replica::offer::updated");
         }
         if changed {
             crate::rebuild::describe(&state)?;
+            durable_step("replica::offer::described");
         }
         Ok(standing(&state))
     }
@@ -127,7 +131,10 @@ impl Store {
         check_peer(&state, peer)?;
         let mut row = state.row.clone();
         take_report(&mut row.doc, phase, error, paused, self.now());
-        self.commit_row(&mut state, row)
+        durable_step("replica::report::writing");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::report::written");
+        Ok(())
     }
 
     /// The primary no longer protects the VM. Everything stays until [`Store::remove`].
@@ -137,7 +144,10 @@ impl Store {
         check_peer(&state, peer)?;
         let mut row = state.row.clone();
         row.doc.withdrawn = true;
-        self.commit_row(&mut state, row)
+        durable_step("replica::withdraw::writing");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::withdraw::written");
+        Ok(())
     }
 
     /// Removes a replica with all its files. Views of it end; a hold must be released first.
@@ -151,13 +161,27 @@ impl Store {
         if state.is_held(self.now()) {
             return Err(Error::busy(vm.id, "its flat files are held; release the hold first"));
         }
-        let id = vm.id;
-        self.catalog().write(move |tx| rows::remove_vm(tx, id))?;
+        let mut row = state.row.clone();
+        row.doc.removing = true;
+        durable_step("replica::remove::marking");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::remove::marked");
         state.removed = true;
         state.revoke_views("the replica was removed");
         *receiving = None;
-        self.vms_mut().remove(&id);
-        state.files.remove_folder(&state.row.folder)
+        self.end_removal(&state.row)?;
+        self.vms_mut().remove(&vm.id);
+        Ok(())
+    }
+
+    /// Removes the files of a replica that is to go, and then all that says that they are there.
+    pub(crate) fn end_removal(&self, row: &VmRow) -> Result<()> {
+        self.files().remove_folder(&row.folder)?;
+        let id = row.vm;
+        durable_step("replica::remove::writing");
+        self.catalog().write(move |tx| rows::remove_vm(tx, id))?;
+        durable_step("replica::remove::written");
+        Ok(())
     }
 }
 
@@ -216,6 +240,7 @@ fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         leftover: None,
         failover: None,
         withdrawn: false,
+        removing: false,
         damage: None,
     }
 }

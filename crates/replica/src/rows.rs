@@ -124,6 +124,9 @@ pub(crate) struct VmDoc {
     pub leftover: Option<PathBuf>,
     pub failover: Option<FailoverRow>,
     pub withdrawn: bool,
+    /// It was removed by a person; its files are going.
+    #[serde(default)]
+    pub removing: bool,
     /// What was lost here, until a resynchronization has made it good.
     pub damage: Option<String>,
 }

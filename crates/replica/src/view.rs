@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use model::gate::{Access, Admission};
 use model::{DiskName, LogId, LogNumber, PointInfo, VmId};
+use steps::durable_step;
 
 use crate::error::Result;
 use crate::gate::{Admitted, Pin};
@@ -45,7 +46,9 @@ impl Store {
             OpenFiles::open(&state, number)?
         };
         let reader = files.into_reader(self.inner.config.view_cache_bytes)?;
+        durable_step("replica::parent::noting");
         self.catalog().write(move |tx| rows::add_parent(tx, vm, id, number))?;
+        durable_step("replica::parent::noted");
         Ok(ConsistentView { admission, pin, reader: Arc::new(reader), store: self.clone(), hold })
     }
 }
