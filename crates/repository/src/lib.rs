@@ -29,6 +29,7 @@ mod lock;
 mod manifest;
 mod pack;
 mod parallel;
+mod partial;
 mod reader;
 mod restore;
 mod rustic;

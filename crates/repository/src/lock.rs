@@ -3,7 +3,7 @@
 //! Ours are shared ones: any number of backups and restores go on at once; stock restic's exclusive commands
 //! (`prune`, `forget --prune`, `check`) wait or refuse while one is there, and we refuse while they run.
 //! A lock whose process is dead, or that has not been refreshed for half an hour, is stale; whoever comes
-//! next of us removes it, so a killed backup hinders nobody.
+//! next of us removes it, so a killed backup hinders nobody, and with it what its process had half written.
 
 use std::collections::HashSet;
 use std::fs;
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::id::Id;
+use crate::partial;
 use crate::rustic::Store;
 
 const REFRESH: Duration = Duration::from_secs(5 * 60);
@@ -75,7 +76,7 @@ impl LockJson {
     }
 }
 
-fn hostname() -> String {
+pub(crate) fn hostname() -> String {
     nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
@@ -162,8 +163,9 @@ fn excluded(store: &Store, ours: &Path) -> Result<Option<String>, Error> {
     let is_named = |path: &PathBuf| {
         path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<Id>().is_ok())
     };
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    for path in paths.filter(|path| path != ours).filter(is_named) {
+    let paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let mut died = paths.iter().any(|path| partial::is_abandoned(path));
+    for path in paths.into_iter().filter(|path| path != ours).filter(is_named) {
         // One that is gone again, or is no lock of this repository, excludes nobody.
         let Some(lock) =
             store.read_lock(&path).and_then(|json| serde_json::from_slice::<LockJson>(&json).ok())
@@ -173,12 +175,16 @@ fn excluded(store: &Store, ours: &Path) -> Result<Option<String>, Error> {
         if lock.is_stale(&path, now) {
             tracing::info!(path = %path.display(), pid = lock.pid, host = lock.hostname, "removed a stale lock");
             let _ = fs::remove_file(&path);
+            died = true;
         } else if lock.exclusive {
             return Ok(Some(format!(
                 "process {} of {} on {:?} since {}",
                 lock.pid, lock.username, lock.hostname, lock.time
             )));
         }
+    }
+    if died {
+        partial::sweep(store.path());
     }
     Ok(None)
 }

@@ -21,11 +21,13 @@ use rustic_core::{
     OpenStatus, ReadBackend, RepositoryBackends, RepositoryOptions, RusticError, RusticResult, WriteBackend,
     jiff,
 };
+use steps::durable_step;
 
 use crate::crypto::{Cipher, sealed};
 use crate::direct::DirectFile;
 use crate::error::Error;
 use crate::id::Id;
+use crate::partial;
 
 /// The kinds of files that we list, read and write ourselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,9 +97,14 @@ impl Store {
         let opened = closed
             .init(&Credentials::password(password), &KeyOptions::default(), &ConfigOptions::default())
             .map_err(|error| plain("cannot make a repository in", path, &error))?;
-        fs::create_dir_all(path.join("locks"))
-            .and_then(|()| sync_folder(path))
-            .map_err(|source| Error::io("cannot make the folder", &path.join("locks"), source))?;
+        let failed = |source| Error::io("cannot make the folders of", path, source);
+        fs::create_dir_all(path.join("locks")).map_err(failed)?;
+        durable_step("repository::create::made");
+        // rustic syncs none of the folders that it makes, and `data` has one for each first byte of a pack.
+        sync_folder(&path.join("data")).map_err(failed)?;
+        durable_step("repository::create::folders");
+        sync_folder(path).map_err(failed)?;
+        durable_step("repository::create::settled");
         Self::of(&opened, backend)
     }
 
@@ -267,7 +274,10 @@ impl Store {
         };
         let json = serde_json::to_vec(&file)
             .map_err(|error| Error::io("cannot encode", self.path(), io::Error::other(error)))?;
-        self.write_json_file(FileKind::Snapshot, &json)
+        durable_step("repository::listing::writing");
+        let id = self.write_json_file(FileKind::Snapshot, &json)?;
+        durable_step("repository::listing::written");
+        Ok(id)
     }
 
     /// Where locks are; rustic has none, restic has.
@@ -280,9 +290,11 @@ impl Store {
         let stored = sealed(&self.cipher, json);
         let path = self.lock_folder().join(Id::of(&stored).to_string());
         before(&path);
+        durable_step("repository::lock::writing");
         self.backend
             .put(&path, &stored)
             .map_err(|source| Error::io("cannot write the lock", &path, source))?;
+        durable_step("repository::lock::written");
         Ok(path)
     }
 
@@ -377,26 +389,33 @@ impl Durable {
 
     fn put(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let folder = path.parent().unwrap_or(&self.path);
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push("-tmp-");
-        let temporary = PathBuf::from(temporary);
-        let written = (|| {
+        let temporary = partial::name(path);
+        let written = (|| -> io::Result<()> {
             let file = match DirectFile::create(&temporary) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     fs::create_dir_all(folder)?;
+                    durable_step("repository::folder::made");
                     sync_folder(folder.parent().unwrap_or(&self.path))?;
+                    durable_step("repository::folder::settled");
                     DirectFile::create(&temporary)?
                 }
                 created => created?,
             };
             file.write_all_at(bytes, 0)?;
+            durable_step("repository::file::written");
             file.sync_all()?;
-            fs::rename(&temporary, path)
+            durable_step("repository::file::synced");
+            fs::rename(&temporary, path)?;
+            durable_step("repository::file::renamed");
+            Ok(())
         })();
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
         }
-        written.and_then(|()| sync_folder(folder))
+        written?;
+        sync_folder(folder)?;
+        durable_step("repository::file::settled");
+        Ok(())
     }
 }
 

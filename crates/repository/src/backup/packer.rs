@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use sha2::{Digest, Sha256};
+use steps::durable_step;
 
 use crate::crypto::{Cipher, NONCE_BYTES, SEAL_BYTES};
 use crate::direct::Aligned;
@@ -89,7 +90,9 @@ impl<'a> Packer<'a> {
     /// Closes a pack and makes it durable; now and then an index file too.
     pub(crate) fn write(&self, pack: PackBuilder) -> Result<(), Error> {
         let Pack { id, kind, bytes, blobs } = pack.finish(self.cipher());
+        durable_step("repository::pack::writing");
         self.store.write(FileKind::Pack, &id, &bytes)?;
+        durable_step("repository::pack::written");
         self.bytes_added.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         locked(&self.spare).push(bytes);
         let due = {
@@ -108,7 +111,9 @@ impl<'a> Packer<'a> {
     }
 
     fn write_index_of(&self, packs: &[IndexedPack]) -> Result<(), Error> {
+        durable_step("repository::index::writing");
         let file = write_index_file(self.store, packs)?;
+        durable_step("repository::index::written");
         self.index.write().unwrap_or_else(PoisonError::into_inner).add_written(file, packs);
         Ok(())
     }

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use model::DiskName;
 use serde::{Deserialize, Serialize};
+use steps::durable_step;
 
 use crate::backup::Progress;
 use crate::direct::Aligned;
@@ -231,12 +232,15 @@ impl Repository {
             if options.format == Format::Vhdx {
                 target::convert_to_vhdx(&job.partial)?;
             }
+            durable_step("repository::restore::naming");
             fs::rename(&job.partial, &job.path)
                 .map_err(|source| Error::io("cannot name", &job.path, source))?;
+            durable_step("repository::restore::named");
         }
         fs::File::open(&options.to)
             .and_then(|folder| folder.sync_all())
             .map_err(|source| Error::io("cannot sync", &options.to, source))?;
+        durable_step("repository::restore::settled");
         Ok((damaged, bytes_written))
     }
 
@@ -275,7 +279,9 @@ impl Repository {
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(failed)?;
         parallel::for_each(&stretches, tools, &work, &|| progress(done.load(Ordering::Relaxed)), cancel)?;
-        target.finish().map_err(failed)?;
+        durable_step("repository::restore::written");
+        target.make_durable().map_err(failed)?;
+        durable_step("repository::restore::synced");
         damaged.extend(joined(found.into_inner().unwrap_or_else(PoisonError::into_inner)));
         Ok(written.into_inner())
     }

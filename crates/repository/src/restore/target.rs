@@ -5,6 +5,8 @@ use std::io;
 use std::path::Path;
 use std::process::Command;
 
+use steps::durable_step;
+
 use super::{Format, qcow2, with_suffix};
 use crate::direct::DirectFile;
 use crate::error::Error;
@@ -58,7 +60,7 @@ impl Target {
     }
 
     /// Makes it durable.
-    pub(crate) fn finish(&self) -> io::Result<()> {
+    pub(crate) fn make_durable(&self) -> io::Result<()> {
         self.file.sync_all()
     }
 }
@@ -84,8 +86,11 @@ pub(crate) fn convert_to_vhdx(raw: &Path) -> Result<(), Error> {
         let _ = std::fs::remove_file(&converted);
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
-    File::open(&converted)
-        .and_then(|file| file.sync_all())
-        .and_then(|()| std::fs::rename(&converted, raw))
-        .map_err(|source| Error::io("cannot write", &converted, source))
+    let failed = |source| Error::io("cannot write", &converted, source);
+    durable_step("repository::convert::written");
+    File::open(&converted).and_then(|file| file.sync_all()).map_err(failed)?;
+    durable_step("repository::convert::synced");
+    std::fs::rename(&converted, raw).map_err(failed)?;
+    durable_step("repository::convert::named");
+    Ok(())
 }
