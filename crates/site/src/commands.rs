@@ -259,8 +259,7 @@ impl Site {
 
     async fn migrate(&self, vm: &VmName, storage: PathBuf) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
-        std::fs::create_dir_all(&storage)
-            .map_err(|error| Failure::io("make the folder", &storage, &error))?;
+        crate::init::make_folder(&storage, 0o777)?;
         self.store.run(move |store| store.migrate(id, &storage)).await?;
         self.of_replica(id)
     }

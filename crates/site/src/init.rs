@@ -1,7 +1,7 @@
 //! Making a site in an empty folder.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -9,7 +9,8 @@ use std::path::Path;
 use catalog::Catalog;
 use repository::Repository;
 use serde::Serialize;
-use wire::Identity;
+use steps::durable_step;
+use wire::{Identity, IdentityError};
 
 use crate::config::template;
 use crate::failure::{Code, Failure};
@@ -27,7 +28,7 @@ pub struct Made {
 }
 
 /// Makes a site in `dir`: identity, config, catalog, and a local repository with a password of its own.
-/// The config comes last, so that what was cut off can be begun again.
+/// The config comes last: without it there is no site yet, and what was cut off can be begun again.
 pub fn init(dir: &Path, name: &str, listen: SocketAddr) -> Result<Made, Failure> {
     name.parse::<model::VmName>()
         .map_err(|error| Failure::new(Code::Usage, error.to_string().replace("VM name", "site name")))?;
@@ -37,18 +38,20 @@ pub fn init(dir: &Path, name: &str, listen: SocketAddr) -> Result<Made, Failure>
             format!("there is a site in {} already; choose another folder with --dir", dir.display());
         return Err(Failure::new(Code::SiteExists, message));
     }
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|error| Failure::io("make the folder", dir, &error))?;
+    make_folder(dir, 0o700)?;
+    let no_identity = |error: IdentityError| Failure::new(Code::Io, error.to_string());
     let identity = match Identity::load(dir) {
         Ok(identity) => identity,
-        Err(_) => Identity::create(dir, name).map_err(|error| Failure::new(Code::Io, error.to_string()))?,
+        Err(_) => {
+            Identity::put_aside(dir).map_err(no_identity)?;
+            Identity::create(dir, name).map_err(no_identity)?
+        }
     };
     Catalog::open(dir.join("catalog.sqlite"))?;
     make_repository(dir)?;
+    durable_step("site::init::configuring");
     write_new(&config, template(name, listen).as_bytes(), 0o600)?;
+    durable_step("site::init::configured");
     Ok(Made {
         name: name.to_owned(),
         address: listen.to_string(),
@@ -63,12 +66,43 @@ fn make_repository(dir: &Path) -> Result<(), Failure> {
         Ok(password) => password,
         Err(_) => {
             let password = hex::encode(random::bytes::<24>()?);
+            durable_step("site::init::password");
             write_new(&password_file, password.as_bytes(), 0o600)?;
+            durable_step("site::init::password-written");
             password
         }
     };
-    if !path.join("config").exists() {
-        Repository::create(&path, password.trim())?;
+    if path.exists() {
+        return Ok(());
+    }
+    // Under another name until it is whole: one with keys and no config would be nobody's.
+    let partial = path.with_extension("partial");
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(|error| Failure::io("remove", &partial, &error))?;
+    }
+    Repository::create(&partial, password.trim())?;
+    let failed = |error: io::Error| Failure::io("name", &path, &error);
+    durable_step("site::init::repository");
+    fs::rename(&partial, &path).map_err(failed)?;
+    durable_step("site::init::repository-named");
+    fs::File::open(dir).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    durable_step("site::init::repository-settled");
+    Ok(())
+}
+
+/// Makes a folder, and those that it lies in, so that all their names are durable.
+pub(crate) fn make_folder(path: &Path, mode: u32) -> Result<(), Failure> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|folder| !folder.exists()).collect();
+    for folder in missing.into_iter().rev().filter(|folder| !folder.as_os_str().is_empty()) {
+        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let made = match fs::DirBuilder::new().mode(mode).create(folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => fs::File::open(parent.unwrap_or(Path::new("."))),
+        };
+        durable_step("site::folder::made");
+        made.and_then(|parent| parent.sync_all())
+            .map_err(|error| Failure::io("make the folder", folder, &error))?;
+        durable_step("site::folder::settled");
     }
     Ok(())
 }

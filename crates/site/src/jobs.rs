@@ -21,6 +21,7 @@ use model::gate::Refusal;
 use model::{Attempt, GiveUp, RetryDecision, RetryPolicy, Timestamp, human_duration};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use steps::durable_step;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -290,6 +291,7 @@ impl<A: Attempts> Jobs<A> {
 
     async fn add(&self, job: &Job) -> Result<i64, Failure> {
         let job = job.clone();
+        durable_step("site::job::adding");
         let id = self.catalog.change(move |tx| {
             tx.execute(
                 "INSERT INTO jobs (vm, request, state, attempts, made_at, deadline) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
@@ -306,12 +308,15 @@ impl<A: Attempts> Jobs<A> {
             tx.execute("DELETE FROM jobs WHERE id <= ?1 - ?2 AND state NOT LIKE '%\"waiting\"%'", params![id, ENDED_KEPT])?;
             Ok(id)
         });
-        Ok(id.await?)
+        let id = id.await?;
+        durable_step("site::job::added");
+        Ok(id)
     }
 
     /// Writes a job down; if that cannot be done the job stays as it was and goes on at the next start.
     async fn save(&self, job: &Job) -> bool {
         let (id, state, attempts) = (job.id, to_json(&job.state), to_json(&job.attempts));
+        durable_step("site::job::saving");
         let saved = self
             .catalog
             .change(move |tx| {
@@ -321,6 +326,7 @@ impl<A: Attempts> Jobs<A> {
                 )
             })
             .await;
+        durable_step("site::job::saved");
         saved
             .inspect_err(|error| tracing::error!(job = id, %error, "a backup job could not be written down"))
             .is_ok()

@@ -8,6 +8,7 @@ use catalog::column::parsed;
 use catalog::{Catalog, OptionalExtension, Transaction, params, rusqlite};
 use model::{Timestamp, VmName};
 use serde::Serialize;
+use steps::durable_step;
 use wire::{Client, Fingerprint, Identity, Invite, Secret, SecretHash};
 
 use crate::clock::{now, serialize_moment};
@@ -112,6 +113,7 @@ impl Peers {
         let invite = Invite::new(address, self.identity.fingerprint(), secret, expires_at)
             .map_err(|error| Failure::new(Code::Config, error.to_string()))?;
         let (hash, name, vms) = (String::from(invite.secret.hash()), name.to_string(), vms.to_owned());
+        durable_step("site::invite::writing");
         self.catalog
             .change(move |tx| {
                 tx.execute("DELETE FROM invites WHERE expires_at < ?1", [now().0])?;
@@ -121,6 +123,7 @@ impl Peers {
                 )
             })
             .await?;
+        durable_step("site::invite::written");
         Ok(invite)
     }
 
@@ -132,6 +135,7 @@ impl Peers {
         address: String,
     ) -> Result<PeerRow, Failure> {
         let hash = String::from(secret);
+        durable_step("site::peer::admitting");
         let row = self
             .catalog
             .change(move |tx| {
@@ -154,6 +158,7 @@ impl Peers {
                 }
             })
             .await?;
+        durable_step("site::peer::admitted");
         let row = row.ok_or_else(|| {
             Failure::new(
                 Code::Invite,
@@ -183,7 +188,9 @@ impl Peers {
             ));
         }
         let written = row.clone();
+        durable_step("site::peer::adding");
         self.catalog.change(move |tx| written.put(tx)).await?;
+        durable_step("site::peer::added");
         self.keep(row.clone())?;
         Ok(row)
     }
@@ -194,7 +201,9 @@ impl Peers {
             return Err(no_such_peer(name));
         }
         let name = name.to_owned();
+        durable_step("site::peer::removing");
         self.catalog.change(move |tx| tx.execute("DELETE FROM peers WHERE name = ?1", [name])).await?;
+        durable_step("site::peer::removed");
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use steps::durable_step;
 
 const KEY_FILE: &str = "identity.key";
 const CERTIFICATE_FILE: &str = "identity.crt";
@@ -150,14 +151,32 @@ impl Identity {
         }
         let (key, certificate) = make(site_name)
             .map_err(|error| IdentityError::Make { name: site_name.to_owned(), why: error.to_string() })?;
+        durable_step("wire::identity::made");
         write_new(&key_path, key.as_bytes(), 0o600)?;
+        durable_step("wire::identity::key-written");
         write_new(&certificate_path, certificate.as_bytes(), 0o644)?;
+        durable_step("wire::identity::certificate-written");
         std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(|source| IdentityError::File {
             what: "sync",
             path: dir.to_owned(),
             source,
         })?;
+        durable_step("wire::identity::settled");
         Self::load(dir)
+    }
+
+    /// Puts aside what lies in `dir` of an identity that was not made to its end, so that one can be made.
+    pub fn put_aside(dir: &Path) -> Result<(), IdentityError> {
+        for name in [KEY_FILE, CERTIFICATE_FILE] {
+            let path = dir.join(name);
+            match std::fs::rename(&path, dir.join(format!("{name}.unfinished"))) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(IdentityError::File { what: "put aside", path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Reads the identity in `dir`.
