@@ -1,0 +1,51 @@
+//! Errors on demand.
+
+use std::io;
+
+use nix::errno::Errno;
+
+/// Which calls fail. All of it can be changed while the file system is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Faults {
+    /// The write after this many more fails with `EIO`, once.
+    pub write_fails_after: Option<u64>,
+    /// The sync after this many more fails with `EIO`, once. What it had to make durable is lost for good,
+    /// and the next sync succeeds all the same: so it is on Linux.
+    pub sync_fails_after: Option<u64>,
+    /// Whatever would need more room fails with `ENOSPC`.
+    pub no_space: bool,
+}
+
+impl Faults {
+    /// Whether this write goes through.
+    pub(crate) fn write(&mut self, grows: bool) -> io::Result<()> {
+        if self.no_space && grows {
+            return Err(Errno::ENOSPC.into());
+        }
+        count_down(&mut self.write_fails_after)
+    }
+
+    /// Whether this sync goes through.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        count_down(&mut self.sync_fails_after)
+    }
+
+    /// Whether something can be made.
+    pub(crate) fn make(&self) -> io::Result<()> {
+        if self.no_space { Err(Errno::ENOSPC.into()) } else { Ok(()) }
+    }
+}
+
+fn count_down(left: &mut Option<u64>) -> io::Result<()> {
+    match left {
+        Some(0) => {
+            *left = None;
+            Err(Errno::EIO.into())
+        }
+        Some(more) => {
+            *more -= 1;
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
