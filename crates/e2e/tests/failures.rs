@@ -7,40 +7,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::{DISKS, LONG, MIB, VM, World, path};
+use common::{DISKS, LONG, MIB, VM, World, in_qemu, path};
 use rig::{Site, tool, wait_for};
 use serde_json::{Value, json};
 
 const QUICK: Duration = Duration::from_millis(2);
-
-/// What QEMU has of ours: jobs, exports, nodes, bitmaps.
-fn in_qemu(world: &World) -> Vec<String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let ask = |command: &'static str| -> Value {
-        let socket = world.daemon.qmp();
-        // Our site's connection has the monitor; it is let go while the site is down.
-        runtime.block_on(async {
-            let qmp = qemu::Qmp::connect(&socket, Duration::from_secs(10)).await.unwrap();
-            qmp.run(qemu::Command::bare(command)).await.unwrap()
-        })
-    };
-    let mut found = Vec::new();
-    let questions =
-        [("query-jobs", "id"), ("query-block-exports", "id"), ("query-named-block-nodes", "node-name")];
-    for (command, key) in questions {
-        for item in ask(command).as_array().unwrap() {
-            let name = item[key].as_str().unwrap();
-            let ours = !name.starts_with("guest-")
-                && !DISKS.iter().any(|(disk, _)| *disk == name)
-                && !name.starts_with('#');
-            found.extend(ours.then(|| format!("{command}: {name}")));
-            for bitmap in item["dirty-bitmaps"].as_array().unwrap_or(&Vec::new()) {
-                found.push(format!("bitmap: {}", bitmap["name"]));
-            }
-        }
-    }
-    found
-}
+/// The VM's disks by name.
+const NAMES: [&str; 2] = [DISKS[0].0, DISKS[1].0];
 
 fn files(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> = std::fs::read_dir(dir)
@@ -63,7 +36,7 @@ fn a_cycle_that_fails_leaves_nothing_behind_and_its_changes_go_with_the_next() {
     assert_eq!(failing["error"]["transient"], true);
     // With the site stopped, QEMU has one bitmap per disk of ours, to go on with, and nothing else.
     world.branch.stop();
-    let left = in_qemu(&world);
+    let left = in_qemu(&world.daemon.qmp(), &NAMES);
     assert!(left.iter().all(|item| item.starts_with("bitmap: ")) && left.len() == DISKS.len(), "{left:?}");
     assert_eq!(files(&world.branch.dir().join("scratch")), Vec::<String>::new());
     world.line.mend();
@@ -76,7 +49,11 @@ fn a_cycle_that_fails_leaves_nothing_behind_and_its_changes_go_with_the_next() {
     world.state(&world.restore(backup["backup"].as_str().unwrap()));
     world.branch.ok(&["unprotect", VM]).unwrap();
     world.branch.stop();
-    assert_eq!(in_qemu(&world), Vec::<String>::new(), "after unprotect nothing of ours is in QEMU");
+    assert_eq!(
+        in_qemu(&world.daemon.qmp(), &NAMES),
+        Vec::<String>::new(),
+        "after unprotect nothing of ours is in QEMU"
+    );
 }
 
 #[test]

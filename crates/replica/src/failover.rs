@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! "failover to P", views end ─▶ logs up to P folded in ─▶ failover/<disk>.qcow2 over each base ─▶ ready
-//!                                                                     cancel: layers removed, phase back
+//!                                                                     cancel: phase back, layers removed
 //! ```
 //!
 //! `qemu-img` makes the layers, so a failover needs the operating system's files.

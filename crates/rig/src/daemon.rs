@@ -35,7 +35,7 @@ impl StorageDaemon {
     /// Kills the daemon, if it runs, and starts it again on the same disks: QEMU forgets its bitmaps.
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
-        for socket in [self.qmp(), self.nbd()] {
+        for socket in [self.qmp(), self.second_qmp(), self.nbd()] {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new("qemu-storage-daemon");
@@ -54,13 +54,14 @@ impl StorageDaemon {
                 .arg("--export")
                 .arg(format!("type=nbd,id=guest-{name},node-name={name},name={name},writable=on"));
         }
-        command
-            .arg("--chardev")
-            .arg(format!("socket,id=qmp,path={},server=on,wait=off", self.qmp().display()));
+        for (name, socket) in [("qmp", self.qmp()), ("second-qmp", self.second_qmp())] {
+            let chardev = format!("socket,id={name},path={},server=on,wait=off", socket.display());
+            command.arg("--chardev").arg(chardev).args(["--monitor", &format!("chardev={name}")]);
+        }
         // It may outlive its owner, whose output must not be kept open by it.
         let path = self.dir.join("daemon.log");
         let log = OpenOptions::new().create(true).append(true).open(&path).map_err(doing(path.display()))?;
-        command.args(["--monitor", "chardev=qmp"]).stdout(Stdio::null()).stderr(log);
+        command.stdout(Stdio::null()).stderr(log);
         self.process = Some(Process::start(&mut command)?);
         let limit = Duration::from_secs(20);
         wait_for("qemu-storage-daemon", limit, || {
@@ -90,6 +91,12 @@ impl StorageDaemon {
     #[must_use]
     pub fn qmp(&self) -> PathBuf {
         self.dir.join("qmp.sock")
+    }
+
+    /// Another QMP socket, to look at it while a site has the first.
+    #[must_use]
+    pub fn second_qmp(&self) -> PathBuf {
+        self.dir.join("second-qmp.sock")
     }
 
     /// Its NBD server's socket.

@@ -6,12 +6,14 @@
 
 mod daemon;
 mod line;
+mod lossy;
 mod programs;
 mod site;
 mod writer;
 
 pub use daemon::StorageDaemon;
 pub use line::Line;
+pub use lossy::LossyDisk;
 pub use programs::{Process, need, this_program, tool, wait_for};
 pub use site::{Output, Site, free_address};
 pub use writer::{Writer, fill, noise, state_of_exports, state_of_files};

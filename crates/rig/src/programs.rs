@@ -1,5 +1,6 @@
 //! Programs and processes.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -29,14 +30,16 @@ pub fn this_program() -> Result<PathBuf> {
     if running.file_name().is_some_and(|name| name == "afterimage") {
         return Ok(running);
     }
+    program_beside("afterimage")
+}
+
+/// A program of the workspace, built beside the running one.
+pub(crate) fn program_beside(name: &str) -> Result<PathBuf> {
+    let running = std::env::current_exe().map_err(doing("finding the running program"))?;
     // Tests are in target/debug/deps, other programs in target/debug.
-    let built = running
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|folder| folder.join("afterimage"))
-        .find(|path| path.exists());
-    built.ok_or_else(|| Trouble("the program is not built: cargo build --workspace --bins".into()))
+    let built =
+        running.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.exists());
+    built.ok_or_else(|| Trouble(format!("{name} is not built: cargo build --workspace --bins")))
 }
 
 /// Waits until `ready` gives something.
@@ -71,6 +74,11 @@ impl Process {
     /// Whether it has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         matches!(self.0.try_wait(), Ok(Some(_)))
+    }
+
+    /// The signal that it died of, if it has died of one.
+    pub fn died_of(&mut self) -> Option<i32> {
+        self.0.try_wait().ok().flatten().and_then(|status| status.signal())
     }
 
     /// SIGKILL, at once, and waits until it is gone.

@@ -15,6 +15,7 @@ pub struct Site {
     name: String,
     dir: PathBuf,
     address: String,
+    log: PathBuf,
     process: Option<Process>,
 }
 
@@ -52,9 +53,21 @@ pub fn free_address() -> Result<String> {
 impl Site {
     /// Makes a site in `dir/name` on a free port of this machine.
     pub fn init(dir: &Path, name: &str) -> Result<Self> {
-        let site = Self { name: name.into(), dir: dir.join(name), address: free_address()?, process: None };
+        let site = Self::at(dir, name)?;
         site.ok(&["init", "--name", name, "--listen", &site.address])?;
         Ok(site)
+    }
+
+    /// The site that is to be made in `dir/name`.
+    pub fn at(dir: &Path, name: &str) -> Result<Self> {
+        let dir = dir.join(name);
+        let log = dir.join("serve.log");
+        Ok(Self { name: name.into(), dir, address: free_address()?, log, process: None })
+    }
+
+    /// Writes what `serve` says to another file than one in its folder.
+    pub fn keep_log_at(&mut self, path: PathBuf) {
+        self.log = path;
     }
 
     /// Its name.
@@ -95,23 +108,30 @@ impl Site {
 
     /// The same with environment variables.
     pub fn serve_with(&mut self, variables: &[(&str, &str)]) -> Result<()> {
-        let path = self.dir.join("serve.log");
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(doing(path.display()))?;
-        let mut command = Command::new(this_program()?);
-        command.arg("--dir").arg(&self.dir).arg("serve").stdout(Stdio::null()).stderr(log);
-        command.envs(variables.iter().copied());
-        let mut process = Process::start(&mut command)?;
-        wait_for(&format!("site {}", self.name), Duration::from_secs(60), || {
-            if process.has_ended() {
+        self.start(variables)?;
+        let ready = wait_for(&format!("site {}", self.name), Duration::from_secs(60), || {
+            if !self.is_running() {
                 return Err(Trouble(format!("site {} ended: {}", self.name, self.log())));
             }
             Ok((self.run(&["status"])?.status == 0).then_some(()))
-        })?;
-        self.process = Some(process);
+        });
+        if ready.is_err() && self.died_of().is_none() {
+            self.kill();
+        }
+        ready
+    }
+
+    /// Starts `serve` and does not wait.
+    pub fn start(&mut self, variables: &[(&str, &str)]) -> Result<()> {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .map_err(doing(self.log.display()))?;
+        let mut command = Command::new(this_program()?);
+        command.arg("--dir").arg(&self.dir).arg("serve").stdout(Stdio::null()).stderr(log);
+        command.envs(variables.iter().copied());
+        self.process = Some(Process::start(&mut command)?);
         Ok(())
     }
 
@@ -145,10 +165,15 @@ impl Site {
         self.process.as_mut().is_some_and(|process| !process.has_ended())
     }
 
+    /// The signal that its process died of, if it has died of one.
+    pub fn died_of(&mut self) -> Option<i32> {
+        self.process.as_mut().and_then(Process::died_of)
+    }
+
     /// What `serve` has said.
     #[must_use]
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.dir.join("serve.log")).unwrap_or_default()
+        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// The command line of a site's command.

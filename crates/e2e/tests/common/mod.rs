@@ -134,6 +134,32 @@ pub fn sites(dir: &Path, head_dir: Option<&Path>) -> (Site, Site, Line) {
     (head, branch, line)
 }
 
+/// What QEMU has that it was not started with: jobs, exports, nodes, bitmaps. Asked over a QMP socket that
+/// nobody else has just now.
+pub fn in_qemu(socket: &Path, disks: &[&str]) -> Vec<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let ask = |command: &'static str| -> Value {
+        runtime.block_on(async {
+            let qmp = qemu::Qmp::connect(socket, Duration::from_secs(10)).await.unwrap();
+            qmp.run(qemu::Command::bare(command)).await.unwrap()
+        })
+    };
+    let mut found = Vec::new();
+    let questions =
+        [("query-jobs", "id"), ("query-block-exports", "id"), ("query-named-block-nodes", "node-name")];
+    for (command, key) in questions {
+        for item in ask(command).as_array().unwrap() {
+            let name = item[key].as_str().unwrap();
+            let ours = !name.starts_with("guest-") && !disks.contains(&name) && !name.starts_with('#');
+            found.extend(ours.then(|| format!("{command}: {name}")));
+            for bitmap in item["dirty-bitmaps"].as_array().unwrap_or(&Vec::new()) {
+                found.push(format!("bitmap: {}", bitmap["name"]));
+            }
+        }
+    }
+    found
+}
+
 pub fn path(path: &Path) -> &str {
     path.to_str().expect("paths of tests are text")
 }

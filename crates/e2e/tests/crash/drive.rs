@@ -1,0 +1,337 @@
+//! What is done so that a process comes to a step, and what a person does afterwards.
+
+use std::process::Command;
+use std::time::Duration;
+
+use rig::{Process, Result, Site, tool, wait_for};
+
+use super::pair::{Pair, order, trouble};
+use crate::common::{LONG, MIB, VM, path};
+
+/// An operation that passes steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Drive {
+    /// The site starts.
+    Start,
+    /// A cycle.
+    Sync,
+    /// A VM is offered for the first time, and replicated.
+    Protect,
+    /// A VM is offered again.
+    Offer,
+    /// Both sides are compared because a person wants it.
+    Resync,
+    /// A VM is offered again with a disk that has grown.
+    Grow,
+    /// The primary says that it is paused.
+    Report,
+    /// The primary gives the VM up.
+    Withdraw,
+    /// The replica is removed.
+    Remove,
+    /// A backup.
+    Backup,
+    /// A backup into a repository that lacks the folders of packs.
+    BackupToNewFolders,
+    /// An apply whose writes fail.
+    ApplyFails,
+    /// A start that finds a log which was renamed and is not in the catalog.
+    Adopt,
+    /// A start that finds a base gone.
+    Lose,
+    /// A start that finds a move cut off.
+    EndMove,
+    /// The storage is moved.
+    Migrate,
+    /// The storage is moved to where it has no room.
+    MigrateFails,
+    /// The replica takes over.
+    Failover,
+    /// And goes back.
+    Cancel,
+    /// The flat files are held.
+    Hold,
+    /// And given back.
+    Release,
+    /// And time runs out.
+    HoldRunsOut,
+    /// An invite is made.
+    Invite,
+    /// An invite is used: at the site that made it,
+    Admit,
+    /// and at the one that uses it.
+    Accept,
+    /// A peer is removed.
+    RemovePeer,
+    /// Hours go by: points are dropped, logs merged. By itself in `crash_matrix.rs`.
+    Hours,
+    /// A site is made. By itself in `crash_matrix.rs`.
+    Init,
+    /// A backup is restored, in a process of its own.
+    Restore,
+    /// The same as VHDX.
+    RestoreVhdx,
+}
+
+use Drive::*;
+
+/// As long as holds are made for, and a little more.
+const LEASE: Duration = Duration::from_millis(3200);
+
+impl Drive {
+    /// For the table.
+    pub fn words(self) -> &'static str {
+        match self {
+            Start => "it starts",
+            Sync => "a cycle",
+            Protect => "a VM is protected",
+            Offer => "the primary comes back",
+            Resync => "resync",
+            Grow => "a disk has grown",
+            Report => "pause",
+            Withdraw => "unprotect at the primary",
+            Remove => "unprotect at the replica",
+            Backup => "a backup",
+            BackupToNewFolders => "a backup that makes the folders of packs",
+            ApplyFails => "an apply whose writes fail",
+            Adopt => "it starts after it died with a log renamed",
+            Lose => "it starts with a base missing",
+            EndMove => "it starts after it died in a move",
+            Migrate => "migrate",
+            MigrateFails => "migrate to where there is no room",
+            Failover => "failover unplanned",
+            Cancel => "failover cancel",
+            Hold => "hold",
+            Release => "release",
+            HoldRunsOut => "it starts with a hold that has run out",
+            Invite => "peer invite",
+            Admit | Accept => "peer accept",
+            RemovePeer => "peer remove",
+            Hours => "an hour ends",
+            Init => "init",
+            Restore => "restore",
+            RestoreVhdx => "restore --format vhdx",
+        }
+    }
+
+    /// Whether the two sides have to be compared afterwards: only where something was lost that they need.
+    pub fn needs_resync(self) -> bool {
+        matches!(self, Lose | Grow | Resync)
+    }
+
+    /// Whether the VM has another id afterwards, and begins anew.
+    pub fn protects_anew(self) -> bool {
+        matches!(self, Protect | Withdraw | Remove)
+    }
+
+    /// Whether the site dies before it is ready.
+    pub fn dies_at_start(self) -> bool {
+        matches!(self, Start | Adopt | Lose | EndMove | HoldRunsOut)
+    }
+
+    /// Before the site is started with its fail point.
+    pub fn prepare(self, pair: &mut Pair) -> Result<()> {
+        match self {
+            Protect => {
+                pair.branch.ok(&["unprotect", VM])?;
+                pair.head.ok(&["unprotect", VM]).map(drop)
+            }
+            Remove => pair.branch.ok(&["unprotect", VM]).map(drop),
+            Cancel => pair.head.ok(&["failover", "unplanned", VM]).map(drop),
+            Adopt => pair.die_first("replica::receive::folders", Sync),
+            EndMove => pair.die_first("replica::migrate::copied", Migrate),
+            HoldRunsOut => {
+                pair.head.ok(&["hold", VM, "--for", "1s"])?;
+                std::thread::sleep(Duration::from_millis(1100));
+                Ok(())
+            }
+            Admit | Accept => pair.head.ok(&["peer", "remove", "branch"]).map(drop),
+            BackupToNewFolders => {
+                let packs = pair.head.dir().join("repository/data");
+                tool(Command::new("find").arg(packs).args([
+                    "-mindepth",
+                    "1",
+                    "-type",
+                    "d",
+                    "-empty",
+                    "-delete",
+                ]))
+                .map(drop)
+            }
+            Restore | RestoreVhdx => pair.head.ok(&["backup", VM]).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// With the site down: what it is to find.
+    pub fn spoil(self, pair: &mut Pair) -> Result<()> {
+        match self {
+            Lose => {
+                let storage = pair.storage_known();
+                std::fs::remove_file(storage.join("disks/system.raw")).map_err(trouble)
+            }
+            Grow => {
+                let from = pair.quiet();
+                pair.branch.stop();
+                pair.daemon.kill();
+                let size = pair.daemon.disk("system").metadata().map_err(trouble)?.len() + MIB;
+                let mut command = Command::new("truncate");
+                tool(command.args(["-s", &size.to_string()]).arg(pair.daemon.disk("system")))?;
+                pair.daemon.restart()?;
+                pair.write_from(from)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// With the site ready: begins what makes it die.
+    pub fn begin(self, pair: &mut Pair) -> Result<Option<Process>> {
+        let (head, branch) = (&pair.head, &pair.branch);
+        match self {
+            Sync => order(branch, &["sync", VM]),
+            Protect => pair.order_protect(),
+            Resync => order(branch, &["resync", VM]),
+            Offer => {
+                pair.branch.kill();
+                pair.branch.serve()?;
+                order(&pair.branch, &["sync", VM])
+            }
+            Grow => {
+                pair.branch.serve()?;
+                order(&pair.branch, &["sync", VM])
+            }
+            Report => order(branch, &["pause", VM]),
+            Withdraw => order(branch, &["unprotect", VM]),
+            Remove => order(head, &["unprotect", VM]),
+            Backup | BackupToNewFolders => order(head, &["backup", VM]),
+            ApplyFails => {
+                let disks = pair.storage()?.join("disks");
+                tool(Command::new("mount").arg("--bind").args([&disks, &disks]))?;
+                tool(Command::new("mount").args(["-o", "remount,ro,bind"]).arg(&disks))?;
+                order(&pair.branch, &["sync", VM])
+            }
+            Migrate => {
+                let target = pair.other_storage()?;
+                order(&pair.head, &["migrate", VM, "--storage", path(&target)])
+            }
+            MigrateFails => {
+                let small = pair.dir.path().join("small");
+                std::fs::create_dir_all(&small).map_err(trouble)?;
+                tool(Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(&small))?;
+                order(&pair.head, &["migrate", VM, "--storage", path(&small)])
+            }
+            Failover => order(head, &["failover", "unplanned", VM]),
+            Cancel => order(head, &["failover", "cancel", VM]),
+            Hold => order(head, &["hold", VM, "--for", "3s"]),
+            Release => {
+                let hold = head.ok(&["hold", VM, "--for", "3s"])?;
+                order(head, &["release", hold["hold"].as_str().unwrap_or_default()])
+            }
+            Invite => order(head, &["peer", "invite", "somebody"]),
+            Admit | Accept => {
+                let invite = head.ok(&["peer", "invite", "branch"])?;
+                order(branch, &["peer", "accept", invite["invite"].as_str().unwrap_or_default()])
+            }
+            RemovePeer => order(head, &["peer", "remove", "branch"]),
+            Start | Adopt | Lose | EndMove | HoldRunsOut | Hours | Init | Restore | RestoreVhdx => {
+                return Ok(None);
+            }
+        }
+        .map(Some)
+    }
+
+    /// Once the process is dead, before it is started again: takes away what made it fail.
+    pub fn clear(self, pair: &mut Pair) -> Result<()> {
+        let mounted = match self {
+            ApplyFails => pair.storage_known().join("disks"),
+            MigrateFails => pair.dir.path().join("small"),
+            _ => return Ok(()),
+        };
+        tool(Command::new("umount").arg("-l").arg(mounted)).map(drop)
+    }
+
+    /// With everything running again: what a person does to have it as before.
+    pub fn mend(self, pair: &mut Pair) -> Result<()> {
+        match self {
+            Withdraw | Remove => {
+                if pair.branch.run(&["status", VM])?.status == 0 {
+                    pair.branch.ok(&["unprotect", VM])?;
+                }
+                pair.remove_replica()?;
+                pair.protect()
+            }
+            Protect => {
+                // It was protected, or it was not: then a person does it again.
+                if pair.branch.run(&["status", VM])?.status != 0 {
+                    return pair.protect();
+                }
+                pair.branch.ok(&["resume", VM])?;
+                pair.replicated()
+            }
+            Report | Resync => pair.branch.ok(&["resume", VM]).map(drop),
+            ApplyFails => pair.head.ok(&["resume", VM]).map(drop),
+            Failover | Cancel => {
+                if pair.head.vm(VM)?["state"] == "failover" {
+                    // It can be carried on, and gone back from.
+                    let disks = pair.head.ok(&["failover", "unplanned", VM])?;
+                    for disk in disks["disks"].as_array().into_iter().flatten() {
+                        let overlay = disk["path"].as_str().unwrap_or_default().to_owned();
+                        tool(Command::new("qemu-img").args(["check", "-q", &overlay]))?;
+                    }
+                }
+                pair.head.ok(&["failover", "cancel", VM]).map(drop)
+            }
+            Hold | Release => {
+                // Nobody was told its name; its lease is short, and the next apply comes when it has run out.
+                std::thread::sleep(LEASE);
+                Ok(())
+            }
+            Admit | Accept | RemovePeer => {
+                for (site, peer) in [(&pair.head, "branch"), (&pair.branch, "head")] {
+                    let _ = site.run(&["peer", "remove", peer])?;
+                }
+                pair.head.invite(&pair.branch)?;
+                pair.branch.ok(&["resume", VM]).map(drop)
+            }
+            Invite => {
+                let again = pair.head.run(&["peer", "invite", "somebody"])?;
+                if again.status == 0 { Ok(()) } else { Err(trouble(format!("{again:?}"))) }
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Pair {
+    /// Lets the replica's site die at a step that another one comes after.
+    fn die_first(&mut self, step: &str, drive: Drive) -> Result<()> {
+        self.head.kill();
+        self.head.serve_with(&[(steps::FAIL_AT, step)])?;
+        let begun = drive.begin(self)?;
+        await_death(&mut self.head, step)?;
+        drop(begun);
+        Ok(())
+    }
+
+    /// Removes the replica; where it has not heard that it is given up, together with its peer.
+    fn remove_replica(&self) -> Result<()> {
+        let Ok(replica) = self.head.vm(VM) else { return Ok(()) };
+        if replica["withdrawn"] != true {
+            self.head.ok(&["peer", "remove", "branch"])?;
+            self.head.ok(&["unprotect", VM])?;
+            self.branch.ok(&["peer", "remove", "head"])?;
+            return self.head.invite(&self.branch);
+        }
+        self.head.ok(&["unprotect", VM]).map(drop)
+    }
+}
+
+/// Waits until a site has killed itself.
+pub fn await_death(site: &mut Site, step: &str) -> Result<()> {
+    wait_for(&format!("the process to come to {step}"), LONG, || {
+        if !site.is_running() && site.died_of() != Some(9) {
+            return Err(trouble(format!("the site ended by itself before {step}: {}", site.log())));
+        }
+        Ok((site.died_of() == Some(9)).then_some(()))
+    })
+}

@@ -1,0 +1,124 @@
+//! Each step, where it is, and what is done so that a process comes to it.
+
+use super::drive::Drive::{self, *};
+use super::pair::Side::{self, Branch, Command, Head};
+
+/// One line of the matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Case {
+    /// The step.
+    pub step: &'static str,
+    /// The time at which it dies there.
+    pub nth: u32,
+    /// Who dies.
+    pub side: Side,
+    /// What makes it come there.
+    pub drive: Drive,
+}
+
+impl Case {
+    /// As `AFTERIMAGE_FAIL_AT` wants it.
+    pub fn fail_at(&self) -> String {
+        if self.nth == 1 { self.step.to_owned() } else { format!("{}:{}", self.step, self.nth) }
+    }
+}
+
+/// By the longest beginning of a step's name. A step that nothing here fits fails the test.
+const PLAN: &[(&str, Side, Drive)] = &[
+    ("catalog::", Head, Start),
+    ("primary::acked::", Branch, Sync),
+    ("primary::attempt::", Branch, Sync),
+    ("primary::cycle::", Branch, Sync),
+    ("primary::forget::", Branch, Withdraw),
+    ("primary::offer::", Branch, Sync),
+    ("primary::pause::", Branch, Report),
+    ("primary::protect::", Branch, Protect),
+    ("primary::resync::", Branch, Resync),
+    ("qemu::", Branch, Sync),
+    ("replica::apply::", Head, Sync),
+    ("replica::apply::failed", Head, ApplyFails),
+    ("replica::apply::failing", Head, ApplyFails),
+    ("replica::compact::", Head, Hours),
+    ("replica::failover::", Head, Failover),
+    ("replica::failover::cancel", Head, Cancel),
+    ("replica::folder::", Head, Start),
+    ("replica::folder::gone", Head, Cancel),
+    ("replica::folder::removed", Head, Cancel),
+    ("replica::hold::", Head, Hold),
+    ("replica::hold::expir", Head, HoldRunsOut),
+    ("replica::hold::releas", Head, Release),
+    ("replica::map::", Head, Protect),
+    ("replica::migrate::", Head, Migrate),
+    ("replica::migrate::giv", Head, MigrateFails),
+    ("replica::offer::", Head, Protect),
+    ("replica::offer::described", Head, Grow),
+    ("replica::offer::updat", Head, Offer),
+    ("replica::parent::", Head, Backup),
+    ("replica::receive::", Head, Sync),
+    ("replica::recover::", Head, Start),
+    ("replica::recover::adopt", Head, Adopt),
+    ("replica::recover::ended-move", Head, EndMove),
+    ("replica::recover::ending-move", Head, EndMove),
+    ("replica::recover::los", Head, Lose),
+    ("replica::remove::", Head, Remove),
+    ("replica::report::", Head, Report),
+    ("replica::retention::", Head, Hours),
+    ("replica::withdraw::", Head, Withdraw),
+    ("repository::convert::", Command, RestoreVhdx),
+    ("repository::create::", Command, Init),
+    ("repository::file::", Head, Backup),
+    ("repository::folder::", Head, BackupToNewFolders),
+    ("repository::index::", Head, Backup),
+    ("repository::listing::", Head, Backup),
+    ("repository::lock::", Head, Backup),
+    ("repository::pack::", Head, Backup),
+    ("repository::restore::", Command, Restore),
+    ("site::folder::", Command, Init),
+    ("site::init::", Command, Init),
+    ("site::invite::", Head, Invite),
+    ("site::job::", Head, Backup),
+    ("site::peer::add", Branch, Accept),
+    ("site::peer::admit", Head, Admit),
+    ("site::peer::remov", Head, RemovePeer),
+    ("wire::identity::", Command, Init),
+];
+
+/// Steps that are other ones when they come again: the lock, packs, the index and the list of a backup are all
+/// written as files; a pass has several logs.
+const AGAIN: &[(&str, &[u32])] = &[
+    ("qemu::sweep::begin", &[2]),
+    ("qemu::sweep::exports", &[2]),
+    ("qemu::sweep::files", &[2]),
+    ("qemu::sweep::jobs", &[2]),
+    ("qemu::sweep::nodes", &[2]),
+    ("qemu::transaction::done", &[2]),
+    ("qemu::transaction::sending", &[2]),
+    ("repository::file::synced", &[2, 3, 4]),
+    ("repository::file::renamed", &[2, 3, 4, 5]),
+    ("repository::pack::written", &[2]),
+    ("site::job::saved", &[2]),
+    ("site::job::saving", &[2]),
+    ("catalog::committing", &[2]),
+];
+
+/// The whole matrix, from the list of steps.
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for step in steps::ALL {
+        let fits = PLAN.iter().filter(|(begins, ..)| step.starts_with(begins));
+        let Some((_, side, drive)) = fits.max_by_key(|(begins, ..)| begins.len()) else {
+            panic!("nothing is planned for step {step}: say in tests/crash/plan.rs how it is reached")
+        };
+        let again = AGAIN.iter().filter(|(name, _)| name == step).flat_map(|(_, times)| times.iter());
+        for &nth in [1].iter().chain(again) {
+            cases.push(Case { step, nth, side: *side, drive: *drive });
+        }
+    }
+    for (name, _) in AGAIN {
+        assert!(steps::ALL.contains(name), "{name} is no step any more");
+    }
+    for (begins, ..) in PLAN {
+        assert!(steps::ALL.iter().any(|step| step.starts_with(begins)), "{begins} begins no step any more");
+    }
+    cases
+}
