@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
@@ -44,9 +44,19 @@ impl Output {
     }
 }
 
+/// Ports that outgoing connections are not given: a site that is down for a while finds its own free again.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
 /// An address of this machine that nobody listens on; who starts to listen soon gets it.
 pub fn free_address() -> Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:0").map_err(doing("finding a free port"))?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let first = (u64::from(now.subsec_nanos()) / 1000 + u64::from(std::process::id()) * 7919) as usize;
+    let free = PORTS
+        .cycle()
+        .skip(first % PORTS.len())
+        .take(1000)
+        .find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok());
+    let listener = free.ok_or_else(|| Trouble("no port is free on this machine".into()))?;
     listener.local_addr().map(|address| address.to_string()).map_err(doing("finding a free port"))
 }
 
