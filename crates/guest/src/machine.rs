@@ -133,7 +133,7 @@ fn command_line(image: &GuestImage, disks: &[Disk], mode: Mode, dir: &Path) -> C
     // No mitigations: there is nobody in the guest to be kept apart, and emulation is slow enough.
     command
         .arg("-append")
-        .arg(format!("console=ttyS0 quiet panic=-1 no_timer_check mitigations=off guest.mode={mode}"));
+        .arg(format!("console=ttyS0 loglevel=1 panic=-1 no_timer_check mitigations=off guest.mode={mode}"));
     for disk in disks {
         command.arg("-blockdev").arg(disk.blockdev());
         command.arg("-device").arg(format!("virtio-blk-pci,drive={0},id=device-{0}", disk.name()));
