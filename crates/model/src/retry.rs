@@ -71,7 +71,8 @@ impl RetryPolicy {
     ///
     /// `chance` is uniform in 0..1: exponential backoff with full jitter, so that a thousand VMs
     /// refused at one moment do not come back at one moment. A delay is never shorter than a tenth
-    /// of its bound, or chance could burn all attempts within one apply.
+    /// of its bound, or chance could burn all attempts within one apply. All delays from there on are equally
+    /// likely: a preferred one (a tenth of 15 min is three cycles of 30 s) would meet the same apply again.
     #[must_use]
     pub fn decide(
         &self,
@@ -105,7 +106,7 @@ impl RetryPolicy {
         } else {
             refusal.retry_after
         };
-        bound.max(hint).min(self.delay_max).mul_f64(chance.clamp(0.1, 1.0))
+        bound.max(hint).min(self.delay_max).mul_f64(0.1 + 0.9 * chance.clamp(0.0, 1.0))
     }
 }
 
@@ -158,6 +159,20 @@ mod tests {
             decide(Timestamp(60_000_000)),
             RetryDecision::Again { at: Timestamp(60_000_000), barrier: false }
         );
+    }
+
+    #[test]
+    fn no_delay_is_likelier_than_another() {
+        let policy = RetryPolicy { attempts_max: u32::MAX, ..RetryPolicy::default() };
+        let refused = attempts(30, Condition::Resync);
+        let delay =
+            |chance| match policy.decide(&refused, &refusal(Condition::Resync), None, Timestamp(0), chance) {
+                RetryDecision::Again { at, .. } => at.0,
+                RetryDecision::GiveUp(why) => panic!("gave up: {why:?}"),
+            };
+        let delays: Vec<i64> = (0..=10).map(|tenths| delay(f64::from(tenths) / 10.0)).collect();
+        assert_eq!((delays[0], delays[10]), (90_000_000, 900_000_000));
+        assert!(delays.windows(2).all(|pair| pair[1] - pair[0] == 81_000_000), "{delays:?}");
     }
 
     proptest! {
