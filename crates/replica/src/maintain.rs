@@ -2,7 +2,7 @@
 //! decide from what is true now, do it, decide again.
 
 use chain::{RetentionInput, RetentionPlan, plan_retention};
-use model::{ApplyState, LogNumber, PointInfo, Timestamp, VmId};
+use model::{BaseState, LogNumber, PointInfo, Timestamp, VmId};
 use steps::durable_step;
 
 use crate::apply::ApplyJob;
@@ -82,8 +82,8 @@ impl Store {
         if state.row.doc.migrating.is_some() {
             return Ok(Decision::Nothing);
         }
-        let plan = self.plan(&state, now, false);
-        if let Some(through) = self.apply_target(&state, &plan, now) {
+        let (plan, through) = self.plan(&state, now, false);
+        if let Some(through) = through {
             return self.begin_apply(&mut state, through, plan.drop).map(Decision::Apply);
         }
         if !plan.drop.is_empty() {
@@ -102,37 +102,32 @@ impl Store {
         Ok(group.map_or(Decision::Nothing, Decision::Compact))
     }
 
-    /// What retention says now. Behind a barrier the base stays where it is, as in a hold: the point that it
-    /// equals must still be there when the hold is asked for.
-    fn plan(&self, state: &State, now: Timestamp, past_barrier: bool) -> RetentionPlan {
-        let barred = state.is_barred(now) && !past_barrier && state.apply == ApplyState::Idle;
+    /// What retention says now, and how far to apply now, if at all. Past a barrier goes only who put it up.
+    fn plan(&self, state: &State, now: Timestamp, past_barrier: bool) -> (RetentionPlan, Option<LogNumber>) {
+        let base = BaseState {
+            apply: &state.apply,
+            held: state.is_held(now),
+            barred: state.is_barred(now) && !past_barrier,
+            retry_at: state.retry_at,
+        };
         let points: Vec<PointInfo> = state.points.values().copied().collect();
         let logs: Vec<LogNumber> = state.logs.keys().copied().collect();
         let pins: Vec<LogNumber> = state.pins.keys().copied().collect();
         let extra_hourly = state.row.doc.points;
-        plan_retention(&RetentionInput {
+        let plan = plan_retention(&RetentionInput {
             points: &points,
             logs: &logs,
             applied: state.applied(),
             pins: &pins,
-            held: state.is_held(now) || barred,
+            held: base.stays(),
             extra_hourly,
             recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },
             now,
-        })
-    }
-
-    /// How far to apply now, if at all.
-    fn apply_target(&self, state: &State, plan: &RetentionPlan, now: Timestamp) -> Option<LogNumber> {
+        });
         let planned = plan.apply_through.or(plan.apply_initial_through);
         let unfinished = state.row.doc.applying.as_ref().map(|applying| applying.through);
-        match state.apply {
-            _ if state.is_held(now) => None,
-            ApplyState::Failed { .. } if state.retry_at > now => None,
-            // What was begun is ended first, and nothing may read the base before that.
-            ApplyState::Failed { .. } | ApplyState::Interrupted { .. } => unfinished.max(planned),
-            _ => planned,
-        }
+        let through = base.apply_through(planned, unfinished, now);
+        (plan, through)
     }
 
     /// Applies what retention lets, barrier or not; false if there was nothing to apply.
@@ -145,8 +140,8 @@ impl Store {
             if state.in_failover() || state.row.doc.migrating.is_some() {
                 return Ok(false);
             }
-            let plan = self.plan(&state, now, true);
-            match self.apply_target(&state, &plan, now) {
+            let (plan, through) = self.plan(&state, now, true);
+            match through {
                 Some(through) => self.begin_apply(&mut state, through, plan.drop)?,
                 None => return Ok(false),
             }
