@@ -2,7 +2,7 @@
 # missing on a Debian 12 machine first (as root, or through sudo).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test check soak bench setup setup-test setup-bench build install
+.PHONY: demo test check soak bench fleet setup setup-test setup-bench build install
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -28,6 +28,10 @@ soak: setup-test
 
 bench: setup-bench build
 	$(CARGO) run --locked --release -p afterimage-bench -- $(BENCH)
+
+# A fleet's night, simulated: writes docs/fleet/.
+fleet:
+	$(CARGO) run --locked --release -p afterimage-fleet -- $(FLEET)
 
 build:
 	$(CARGO) build --locked --release --bin afterimage
