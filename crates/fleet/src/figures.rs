@@ -193,8 +193,18 @@ fn strategies(results: &Results) -> String {
         "Filled mark: half of all backups stay below; next: 99 of 100; last: 999 of 1000 (not drawn: backups never made)",
     );
     let sites = [
-        (0.0, SLOW, 30, ["slow disks, every 30 s: from due to admitted", "age of the newest recovery point meanwhile"]),
-        (1.0, ALL_AT_ONCE, 5, ["overloaded, every 5 s: from due to admitted", "age of the newest recovery point meanwhile"]),
+        (
+            0.0,
+            SLOW,
+            30,
+            ["slow disks, every 30 s: from due to admitted", "age of the newest recovery point meanwhile"],
+        ),
+        (
+            1.0,
+            ALL_AT_ONCE,
+            5,
+            ["overloaded, every 5 s: from due to admitted", "age of the newest recovery point meanwhile"],
+        ),
     ];
     for (row, disk, seconds, [wait, age]) in sites {
         let fleets: Vec<&Fleet> = Strategy::ALL

@@ -7,8 +7,7 @@ use crate::churn::Churn;
 use crate::clock::{HOUR, MINUTE, Micros, SECOND, micros};
 
 /// How backups get a quiet replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Strategy {
     /// A view that is refused while logs are applied; refused backups come again.
     Strict,
