@@ -29,6 +29,8 @@ pub struct Point {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Kept {
     hours: VecDeque<Point>,
+    /// Of a chain that is younger than its hour, every point is kept: this one is the oldest.
+    first: Point,
     extra_hourly: usize,
 }
 
@@ -36,7 +38,7 @@ impl Kept {
     /// Keeps this many hours beside the latest one.
     #[must_use]
     pub fn new(extra_hourly: u8, first: Point) -> Self {
-        Self { hours: [first].into(), extra_hourly: extra_hourly.into() }
+        Self { hours: [first].into(), first, extra_hourly: extra_hourly.into() }
     }
 
     /// A point has arrived.
@@ -63,7 +65,10 @@ impl Kept {
     /// The oldest point kept.
     #[must_use]
     pub fn oldest(&self) -> Point {
-        self.hours.front().copied().unwrap_or_default()
+        match self.hours.front() {
+            Some(front) if self.hours.len() > 1 || self.extra_hourly == 0 => *front,
+            _ => self.first,
+        }
     }
 }
 
