@@ -24,6 +24,6 @@ pub fn run(scenario: &Scenario, threads: usize) -> Tally {
         }
         sum.lock().unwrap_or_else(std::sync::PoisonError::into_inner).merge(&mine);
     };
-    std::thread::scope(|scope| (0..threads.max(1)).for_each(|_| drop(scope.spawn(&work))));
+    std::thread::scope(|scope| (0..threads.max(1)).for_each(|_| drop(scope.spawn(work))));
     sum.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

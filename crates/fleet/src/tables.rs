@@ -161,11 +161,11 @@ fn workers_table(out: &mut String, results: &Results) -> fmt::Result {
 pub(crate) fn percent(share: f64) -> String {
     let value = share * 100.0;
     match value {
-        v if v == 0.0 => "0".into(),
+        0.0 => "0".into(),
         v if v < 0.095 => format!("{v:.3} %"),
         v if v < 0.95 => format!("{v:.2} %"),
         v if v < 9.95 => format!("{v:.1} %"),
-        v if v < 99.5 || v >= 100.0 => format!("{v:.0} %"),
+        v if !(99.5..100.0).contains(&v) => format!("{v:.0} %"),
         v if v < 99.99 => format!("{v:.2} %"),
         _ => "> 99.99 %".into(),
     }
@@ -180,7 +180,7 @@ fn quantiles(histogram: &Histogram, shares: &[f64]) -> String {
 pub(crate) fn time(millis: u64) -> String {
     let seconds = millis as f64 / 1000.0;
     match seconds {
-        s if s == 0.0 => "0".into(),
+        0.0 => "0".into(),
         s if s < 9.95 => format!("{s:.1} s"),
         s if s < 120.0 => format!("{s:.0} s"),
         s if s < 7200.0 => format!("{:.0} min", s / 60.0),
