@@ -7,6 +7,7 @@
 
 mod disk;
 mod image;
+mod limits;
 mod machine;
 mod measure;
 mod parts;
@@ -36,6 +37,12 @@ struct Arguments {
     /// The size of the realistic image in GiB.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1024))]
     image_gib: u64,
+    /// How many VMs the part `scale` protects, one count after the other.
+    #[arg(long, value_delimiter = ',', default_value = "1,10,100,1000")]
+    vms: Vec<usize>,
+    /// How long the part `scale` watches the largest of them, in minutes.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
+    minutes: u64,
     /// Leave images, sites and repositories where they are.
     #[arg(long)]
     keep: bool,
@@ -46,7 +53,9 @@ struct Arguments {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// Full and incremental backup and restore of a realistic image, beside restic and borg.
+    /// What this machine can do at most.
+    Limits,
+    /// Full and incremental backup, restore and check of a realistic image, beside restic, borg and rustic.
     Backup,
     /// 100 MB changed on a 100 GiB and on a 10 GiB sparse disk, beside restic.
     Sparse,
@@ -58,6 +67,8 @@ enum Part {
     Io,
     /// What a guest's writes feel of cycles every 5 s.
     Guest,
+    /// How many VMs one site takes at an interval of 30 s.
+    Scale,
 }
 
 impl Part {
@@ -67,23 +78,33 @@ impl Part {
 
     fn run(self, arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
         match self {
+            Self::Limits => limits::run(arguments, table),
             Self::Backup => parts::backup::run(arguments, table),
             Self::Sparse => parts::sparse::run(arguments, table),
             Self::Replicate => parts::replicate::run(arguments, table),
             Self::Apply => parts::apply::run(arguments, table),
             Self::Io => parts::io::run(arguments, table),
             Self::Guest => parts::guest::run(arguments, table),
+            Self::Scale => parts::scale::run(arguments, table),
         }
     }
 
     /// What it needs besides QEMU's storage daemon: programs and the packages that have them.
     fn programs(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Backup => &[("restic", "restic"), ("borg", "borgbackup"), ("time", "time")],
+            Self::Limits => &[("dd", "coreutils"), ("time", "time")],
+            Self::Backup => &[
+                ("restic", "restic"),
+                ("borg", "borgbackup"),
+                ("rustic", "rustic, by scripts/setup bench"),
+                ("qemu-img", "qemu-utils"),
+                ("nbdcopy", "libnbd-bin"),
+                ("time", "time"),
+            ],
             Self::Sparse => &[("restic", "restic"), ("time", "time")],
             Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("time", "time")],
             Self::Apply => &[("dd", "coreutils"), ("time", "time")],
-            Self::Io => &[],
+            Self::Io | Self::Scale => &[],
             Self::Guest => &[("fio", "fio")],
         }
     }
@@ -91,11 +112,13 @@ impl Part {
     /// The space that it needs at its fullest, in GiB.
     fn space_gib(self, image_gib: u64) -> u64 {
         match self {
-            Self::Backup => 6 * image_gib + 8,
+            Self::Limits => 2 * image_gib + 4,
+            Self::Backup => 6 * image_gib + 12,
             Self::Sparse => 40,
             Self::Replicate => 2 * image_gib + 14,
             Self::Apply | Self::Io => 8,
             Self::Guest => 14,
+            Self::Scale => 24,
         }
     }
 }
@@ -189,6 +212,6 @@ mod tests {
         Arguments::command().debug_assert();
         let arguments = Arguments::parse_from(["bench", "sparse", "backup", "--runs", "3"]);
         assert_eq!(arguments.chosen(), [Part::Backup, Part::Sparse]);
-        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 6);
+        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 8);
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 /// The median; of an even number of figures the mean of the two in the middle.
 pub fn median(figures: &[f64]) -> f64 {
@@ -28,15 +28,21 @@ pub struct Ran {
     pub seconds: f64,
     /// The most memory that it used, in MB.
     pub peak_mb: f64,
+    /// Processor time, its own and the kernel's for it, in seconds.
+    pub cpu_s: f64,
     /// What it printed.
     pub stdout: String,
 }
 
-/// Runs a command to its end, under `time` for its memory; it must succeed.
+/// Runs a command to its end, under `time` for its memory and processor time; it must succeed.
 pub fn run(command: &Command) -> anyhow::Result<Ran> {
     let report = tempfile::NamedTempFile::new()?;
     let mut timed = Command::new("time");
-    timed.args(["-f", "%M", "-o"]).arg(report.path()).arg(command.get_program()).args(command.get_args());
+    timed
+        .args(["-f", "%M %U %S", "-o"])
+        .arg(report.path())
+        .arg(command.get_program())
+        .args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => timed.env(name, value),
@@ -53,8 +59,9 @@ pub fn run(command: &Command) -> anyhow::Result<Ran> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} ended with {}: {stdout}{stderr}", output.status);
     let report = std::fs::read_to_string(report.path())?;
-    let kib: f64 = report.trim().parse().with_context(|| format!("time reported {report:?}"))?;
-    Ok(Ran { seconds, peak_mb: kib * 1024.0 / 1e6, stdout })
+    let numbers: Vec<f64> = report.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [kib, user_s, system_s] = numbers[..] else { bail!("time reported {report:?}") };
+    Ok(Ran { seconds, peak_mb: kib * 1024.0 / 1e6, cpu_s: user_s + system_s, stdout })
 }
 
 /// Lets what was written before reach the disk, so that nobody else's measurement waits for it.
@@ -69,6 +76,17 @@ pub fn peak_mb(pid: u32) -> anyhow::Result<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
     let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kib * 1024.0 / 1e6)
+}
+
+/// Processor time that a process has used so far, in seconds.
+pub fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    /// The kernel counts in hundredths of a second, whatever its own tick (USER_HZ).
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name before it may have spaces and brackets; user and system time are the 12th and 13th field after it.
+    let fields = stat.rsplit_once(')').context("no name in /proc/PID/stat")?.1;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
+    Ok(ticks.sum::<Result<f64, _>>()? / TICKS_PER_SECOND)
 }
 
 /// Bytes that a process has made the kernel write to disks so far.
@@ -113,6 +131,7 @@ mod tests {
         let pid = std::process::id();
         assert!(peak_mb(pid).unwrap() > 0.1);
         written_bytes(pid).unwrap();
+        assert!(cpu_seconds(pid).unwrap() < 3600.0);
         assert!(free_bytes(Path::new("/")).unwrap() > 0);
         assert!(disk_usage(Path::new("/proc/self/exe")).is_ok());
         assert_eq!(first_number(" 12345 /some/folder\n").unwrap(), 12345.0);
@@ -123,7 +142,7 @@ mod tests {
     fn a_command_is_timed_and_its_failure_is_told() {
         let ran = run(Command::new("sh").args(["-c", "echo $WORD"]).env("WORD", "said")).unwrap();
         assert_eq!(ran.stdout, "said\n");
-        assert!(ran.peak_mb > 0.1 && ran.seconds < 10.0);
+        assert!(ran.peak_mb > 0.1 && ran.seconds < 10.0 && ran.cpu_s < 10.0);
         let error = run(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).err().unwrap().to_string();
         assert!(error.contains("why"), "{error}");
     }

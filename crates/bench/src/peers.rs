@@ -9,7 +9,8 @@ use crate::measure::{Ran, disk_usage, run};
 
 /// What each tool does to compress, for the reader of the table.
 pub const SETTINGS: &str = "restic: repository version 2, compression auto (its default), its cache in place; borg: \
-    --compression zstd,3, encryption repokey, its default chunker; both read the raw image file itself";
+    --compression zstd,3, encryption repokey, its default chunker; rustic: its defaults, no cache; all read the raw \
+    image file itself";
 
 /// Debian's restic with a repository of its own.
 pub struct Restic {
@@ -47,6 +48,11 @@ impl Restic {
     /// Restores the newest backup into a folder.
     pub fn restore(&self, to: &Path) -> anyhow::Result<Ran> {
         run(self.command().args(["restore", "latest", "--target"]).arg(to))
+    }
+
+    /// Reads everything again and checks it.
+    pub fn check(&self) -> anyhow::Result<Ran> {
+        run(self.command().args(["check", "--read-data"]))
     }
 
     /// Bytes that the repository takes.
@@ -111,6 +117,53 @@ impl Borg {
     fn command(&self) -> Command {
         let mut command = Command::new("borg");
         command.env("BORG_PASSPHRASE", "bench").env("BORG_BASE_DIR", &self.base);
+        command
+    }
+}
+
+/// rustic, the command, with a repository of its own.
+pub struct Rustic {
+    repository: PathBuf,
+    password: PathBuf,
+}
+
+impl Rustic {
+    /// A repository in `dir/rustic`; nothing of it is there before [`Rustic::init`].
+    pub fn new(dir: &Path, password: &Path) -> Self {
+        Self { repository: dir.join("rustic"), password: password.to_owned() }
+    }
+
+    /// Makes the repository, in place of one that is there.
+    pub fn init(&self) -> anyhow::Result<()> {
+        self.remove();
+        rig::tool(self.command().arg("init"))?;
+        Ok(())
+    }
+
+    /// Removes the repository.
+    pub fn remove(&self) {
+        let _ = std::fs::remove_dir_all(&self.repository);
+    }
+
+    /// Backs up a file; with a backup of it in the repository, incrementally.
+    pub fn backup(&self, file: &Path) -> anyhow::Result<Ran> {
+        run(self.command().arg("backup").arg(file))
+    }
+
+    /// Restores the newest backup into a folder.
+    pub fn restore(&self, to: &Path) -> anyhow::Result<Ran> {
+        run(self.command().args(["restore", "latest"]).arg(to))
+    }
+
+    /// Bytes that the repository takes.
+    pub fn bytes(&self) -> anyhow::Result<f64> {
+        disk_usage(&self.repository)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("rustic");
+        command.arg("-r").arg(&self.repository).arg("--password-file").arg(&self.password);
+        command.args(["--no-cache", "--no-progress", "--log-level", "error"]);
         command
     }
 }

@@ -14,6 +14,8 @@ pub struct Row {
     pub unit: &'static str,
     /// What is wanted of the ratio (or of our figure, without a peer).
     pub wanted: Option<Wanted>,
+    /// What this machine could do at most, in the same unit.
+    pub limit: Option<f64>,
 }
 
 /// A bound. It is held against the figure as it is printed.
@@ -41,7 +43,7 @@ impl Table {
 
     /// Adds a figure without a peer.
     pub fn figure(&mut self, what: impl Into<String>, ours: f64, unit: &'static str, wanted: Option<Wanted>) {
-        self.add(Row { what: what.into(), ours, peer: None, unit, wanted });
+        self.add(Row { what: what.into(), ours, peer: None, unit, wanted, limit: None });
     }
 
     /// Adds a sentence below the table.
@@ -52,16 +54,18 @@ impl Table {
 
     /// As a table in Markdown.
     pub fn markdown(&self) -> String {
-        let mut text =
-            String::from("| measured | ours | peer | ratio | wanted | |\n|---|---|---|---|---|---|\n");
+        let mut text = String::from(
+            "| measured | ours | peer | ratio | wanted | | share of the limit |\n|---|---|---|---|---|---|---|\n",
+        );
         for row in &self.rows {
             let peer = row.peer.as_ref().map(|(name, figure)| format!("{name} {figure:.2} {}", row.unit));
             let ratio = row.ratio().map(|ratio| format!("{ratio:.3}"));
             let wanted = row.wanted.map(|wanted| wanted.to_string());
             let mark = row.mark().unwrap_or_default();
+            let share = row.share().map(|share| format!("{:.0} %", share * 100.0)).unwrap_or_default();
             let _ = writeln!(
                 text,
-                "| {} | {:.2} {} | {} | {} | {} | {mark} |",
+                "| {} | {:.2} {} | {} | {} | {} | {mark} | {share} |",
                 row.what,
                 row.ours,
                 row.unit,
@@ -81,6 +85,12 @@ impl Table {
 impl Row {
     fn ratio(&self) -> Option<f64> {
         self.peer.as_ref().map(|(_, theirs)| self.ours / theirs)
+    }
+
+    /// How much of what the machine can do is reached: of a rate the rate's part, of a time the limit's.
+    fn share(&self) -> Option<f64> {
+        let limit = self.limit?;
+        Some(if self.unit.ends_with("/s") { self.ours / limit } else { limit / self.ours })
     }
 
     /// Whether it is as wanted, if anything is wanted.
@@ -115,9 +125,12 @@ impl fmt::Display for Row {
             }
             _ => write!(f, " {:<38}", "")?,
         }
-        match (self.wanted, self.mark()) {
-            (Some(wanted), Some(mark)) => write!(f, "  wanted {:<8} {mark}", wanted.to_string()),
-            _ => Ok(()),
+        if let (Some(wanted), Some(mark)) = (self.wanted, self.mark()) {
+            write!(f, "  wanted {:<8} {mark}", wanted.to_string())?;
+        }
+        match self.share() {
+            Some(share) => write!(f, "  {:.0} % of the limit", share * 100.0),
+            None => Ok(()),
         }
     }
 }
@@ -142,6 +155,7 @@ mod tests {
             peer: peer.map(|figure| ("restic".into(), figure)),
             unit: "s",
             wanted,
+            limit: None,
         }
     }
 
@@ -163,14 +177,23 @@ mod tests {
     }
 
     #[test]
+    fn a_share_of_the_limit_is_of_a_rate_or_of_a_time() {
+        let time = Row { limit: Some(2.0), ..row(5.0, None, None) };
+        assert_eq!(time.share(), Some(0.4));
+        let rate = Row { unit: "MB/s", limit: Some(10.0), ..row(5.0, None, None) };
+        assert_eq!(rate.share(), Some(0.5));
+        assert!(rate.to_string().ends_with("50 % of the limit"));
+    }
+
+    #[test]
     fn markdown_has_every_row_and_note() {
         let mut table = Table::default();
         table.add(row(5.0, Some(10.0), Some(Wanted::AtMost(0.5))));
         table.figure("memory", 150.0, "MB", None);
         table.note("warm");
         let text = table.markdown();
-        assert!(text.contains("| full | 5.00 s | restic 10.00 s | 0.500 | <= 0.5 | met |"), "{text}");
-        assert!(text.contains("| memory | 150.00 MB |  |  |  |  |"), "{text}");
+        assert!(text.contains("| full | 5.00 s | restic 10.00 s | 0.500 | <= 0.5 | met |  |"), "{text}");
+        assert!(text.contains("| memory | 150.00 MB |  |  |  |  |  |"), "{text}");
         assert!(text.ends_with("\n\n- warm\n"), "{text}");
     }
 }

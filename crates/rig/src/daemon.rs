@@ -12,12 +12,18 @@ use crate::{Result, doing};
 pub struct StorageDaemon {
     dir: PathBuf,
     disks: Vec<(String, u64)>,
+    monitors: usize,
     process: Option<Process>,
 }
 
 impl StorageDaemon {
     /// Starts one with these disks (name, bytes); files that are there already are used as they are.
     pub fn start(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
+        Self::start_with_monitors(dir, disks, 1)
+    }
+
+    /// The same with several monitors: each serves one client at a time, and a VM keeps its own.
+    pub fn start_with_monitors(dir: &Path, disks: &[(&str, u64)], monitors: usize) -> Result<Self> {
         need("qemu-storage-daemon", "qemu-utils")?;
         std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let disks: Vec<_> = disks.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
@@ -27,7 +33,7 @@ impl StorageDaemon {
                 File::create(&path).and_then(|file| file.set_len(*bytes)).map_err(doing(path.display()))?;
             }
         }
-        let mut daemon = Self { dir: dir.to_owned(), disks, process: None };
+        let mut daemon = Self { dir: dir.to_owned(), disks, monitors, process: None };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -35,7 +41,9 @@ impl StorageDaemon {
     /// Kills the daemon, if it runs, and starts it again on the same disks: QEMU forgets its bitmaps.
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
-        for socket in [self.qmp(), self.second_qmp(), self.nbd()] {
+        let mut sockets: Vec<PathBuf> = (0..=self.monitors).map(|n| self.monitor(n)).collect();
+        sockets.push(self.nbd());
+        for socket in &sockets {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new("qemu-storage-daemon");
@@ -48,15 +56,19 @@ impl StorageDaemon {
         }
         command
             .arg("--nbd-server")
-            .arg(format!("addr.type=unix,addr.path={},max-connections=64", self.nbd().display()));
+            .arg(format!("addr.type=unix,addr.path={},max-connections=0", self.nbd().display()));
         for (name, _) in &self.disks {
             command
                 .arg("--export")
                 .arg(format!("type=nbd,id=guest-{name},node-name={name},name={name},writable=on"));
         }
-        for (name, socket) in [("qmp", self.qmp()), ("second-qmp", self.second_qmp())] {
-            let chardev = format!("socket,id={name},path={},server=on,wait=off", socket.display());
-            command.arg("--chardev").arg(chardev).args(["--monitor", &format!("chardev={name}")]);
+        for n in 0..=self.monitors {
+            let path = self.monitor(n);
+            command
+                .arg("--chardev")
+                .arg(format!("socket,id=qmp{n},path={},server=on,wait=off", path.display()))
+                .arg("--monitor")
+                .arg(format!("chardev=qmp{n}"));
         }
         // It may outlive its owner, whose output must not be kept open by it.
         let path = self.dir.join("daemon.log");
@@ -65,7 +77,7 @@ impl StorageDaemon {
         self.process = Some(Process::start(&mut command)?);
         let limit = Duration::from_secs(20);
         wait_for("qemu-storage-daemon", limit, || {
-            Ok((self.nbd().exists() && self.qmp().exists()).then_some(()))
+            Ok(sockets.iter().all(|socket| socket.exists()).then_some(()))
         })
     }
 
@@ -90,13 +102,19 @@ impl StorageDaemon {
     /// Its QMP socket.
     #[must_use]
     pub fn qmp(&self) -> PathBuf {
-        self.dir.join("qmp.sock")
+        self.monitor(0)
     }
 
-    /// Another QMP socket, to look at it while a site has the first.
+    /// The QMP socket of one of several monitors.
+    #[must_use]
+    pub fn monitor(&self, n: usize) -> PathBuf {
+        self.dir.join(if n == 0 { "qmp.sock".to_owned() } else { format!("qmp-{n}.sock") })
+    }
+
+    /// One QMP socket more, to look at it while sites have the others.
     #[must_use]
     pub fn second_qmp(&self) -> PathBuf {
-        self.dir.join("second-qmp.sock")
+        self.monitor(self.monitors)
     }
 
     /// Its NBD server's socket.

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{BY_HAND, Folder, PATIENCE, Sites, mb_per_s, rotated};
 use crate::disk::Disk;
 use crate::image::{self, MIB};
+use crate::limits::Limits;
 use crate::measure::{median, run as timed, settle};
 use crate::table::{Row, Table, Wanted};
 use crate::{Arguments, say};
@@ -22,6 +23,7 @@ const DELTA_BYTES: u64 = 1 << 30;
 
 /// Runs the part.
 pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
+    let limits = Limits::of(arguments)?;
     let folder = Folder::new(arguments, "apply")?;
     let (delta, copy) = (folder.join("delta"), folder.join("copy"));
     image::noise(&delta, DELTA_BYTES)?;
@@ -50,6 +52,7 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
         peer: Some(("dd".into(), median(&theirs))),
         unit: "MB/s",
         wanted: Some(Wanted::AtLeast(0.8)),
+        limit: Some(limits.write_rate() / 1e6),
     });
     let how = if told {
         "as the replica's status tells"

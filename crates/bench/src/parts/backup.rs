@@ -1,61 +1,82 @@
-//! Full and incremental backup and restore of a realistic image, beside restic and borg.
+//! Full and incremental backup, restore and check of a realistic image, beside restic, borg and rustic; and what
+//! copying it plainly takes.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context;
 use rig::StorageDaemon;
 
-use super::{BY_HAND, Folder, Sites, rotated, same};
+use super::{BY_HAND, Backup, Folder, Sites, name_of, rotated, same};
 use crate::disk::Disk;
 use crate::image::scattered;
-use crate::measure::{disk_usage, median, run as timed, settle};
-use crate::peers::{Borg, Restic, SETTINGS};
+use crate::limits::Limits;
+use crate::measure::{Ran, disk_usage, median, run as timed, settle};
+use crate::peers::{Borg, Restic, Rustic, SETTINGS};
 use crate::table::{Row, Table, Wanted};
 use crate::{Arguments, say};
 
 const VM: &str = "vm";
 const DISK: &str = "disk";
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Tool {
     Ours,
     Restic,
     Borg,
+    Rustic,
+    QemuImg,
+    NbdCopy,
 }
 
-const TOOLS: [Tool; 3] = [Tool::Ours, Tool::Restic, Tool::Borg];
+impl Tool {
+    const fn name(self) -> &'static str {
+        match self {
+            Tool::Ours => "ours",
+            Tool::Restic => "restic",
+            Tool::Borg => "borg",
+            Tool::Rustic => "rustic",
+            Tool::QemuImg => "qemu-img",
+            Tool::NbdCopy => "nbdcopy",
+        }
+    }
+}
+
+const BACKUP_TOOLS: [Tool; 4] = [Tool::Ours, Tool::Restic, Tool::Borg, Tool::Rustic];
 
 /// One figure of each tool, for every run.
 #[derive(Default)]
-struct Figures {
-    ours: Vec<f64>,
-    restic: Vec<f64>,
-    borg: Vec<f64>,
-}
+struct Figures(BTreeMap<Tool, Vec<f64>>);
 
 impl Figures {
-    fn of(&mut self, tool: Tool) -> &mut Vec<f64> {
-        match tool {
-            Tool::Ours => &mut self.ours,
-            Tool::Restic => &mut self.restic,
-            Tool::Borg => &mut self.borg,
-        }
+    fn push(&mut self, tool: Tool, figure: f64) {
+        self.0.entry(tool).or_default().push(figure);
+    }
+
+    fn ours(&self) -> f64 {
+        self.0.get(&Tool::Ours).map_or(f64::NAN, |figures| median(figures))
     }
 
     /// A row for each peer, with what is wanted of the ratio.
-    fn rows(&self, what: &str, unit: &'static str, wanted: [Option<f64>; 2], table: &mut Table) {
-        for (peer, figures, wanted) in [("restic", &self.restic, wanted[0]), ("borg", &self.borg, wanted[1])]
-        {
-            if !figures.is_empty() {
-                table.add(Row {
-                    what: what.to_owned(),
-                    ours: median(&self.ours),
-                    peer: Some((peer.to_owned(), median(figures))),
-                    unit,
-                    wanted: wanted.map(Wanted::AtMost),
-                });
-            }
+    fn rows(
+        &self,
+        what: &str,
+        unit: &'static str,
+        limit: Option<f64>,
+        wanted: &[(Tool, f64)],
+        table: &mut Table,
+    ) {
+        for (tool, figures) in self.0.iter().filter(|(tool, _)| **tool != Tool::Ours) {
+            let bound = wanted.iter().find(|(of, _)| of == tool).map(|(_, bound)| Wanted::AtMost(*bound));
+            table.add(Row {
+                what: what.to_owned(),
+                ours: self.ours(),
+                peer: Some((tool.name().to_owned(), median(figures))),
+                unit,
+                wanted: bound,
+                limit,
+            });
         }
     }
 }
@@ -66,30 +87,48 @@ struct Bench<'a> {
     folder: &'a Folder,
     sites: &'a Sites,
     daemon: &'a StorageDaemon,
-    /// Ours, one for each run.
+    /// Tool::Ours, one for each run.
     repositories: &'a [PathBuf],
     restic: Restic,
     borg: Borg,
+    rustic: Rustic,
+    limits: &'static Limits,
+    /// Bytes of the disk that are no holes.
+    data: f64,
 }
 
 /// Runs the part.
 pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     let image = arguments.image()?;
+    let limits = Limits::of(arguments)?;
     let folder = Folder::new(arguments, "backup")?;
     let daemon = daemon_with(&folder, &image, arguments.image_gib)?;
     let repositories: Vec<PathBuf> = (1..=arguments.runs).map(|n| folder.join(&format!("run{n}"))).collect();
     let paths: Vec<&Path> = repositories.iter().map(PathBuf::as_path).collect();
     let sites = Sites::start(&folder, &paths)?;
     sites.protect(VM, &daemon, DISK, BY_HAND)?;
-    let restic = Restic::new(&folder.join("restic"), "repository", &folder.password());
-    let borg = Borg::new(&folder.join("borg"));
-    let (folder, sites, daemon, repositories) = (&folder, &sites, &daemon, &repositories);
-    let mut bench = Bench { arguments, folder, sites, daemon, repositories, restic, borg };
-    let data = disk_usage(&bench.disk())? / 1e9;
-    table.note(&format!("realistic image: {} GiB, {data:.1} GB of it data; {SETTINGS}", arguments.image_gib));
+    let data = disk_usage(&daemon.disk(DISK))?;
+    table.note(&format!(
+        "realistic image: {} GiB, {:.1} GB of it data; {SETTINGS}",
+        arguments.image_gib,
+        data / 1e9
+    ));
+    let mut bench = Bench {
+        arguments,
+        restic: Restic::new(&folder.join("restic"), "repository", &folder.password()),
+        borg: Borg::new(&folder.join("borg")),
+        rustic: Rustic::new(&folder.join("rustic"), &folder.password()),
+        folder: &folder,
+        sites: &sites,
+        daemon: &daemon,
+        repositories: &repositories,
+        limits,
+        data,
+    };
     bench.full(table)?;
     let newest = bench.incremental(table)?;
     let peaks = bench.restore(&newest, table)?;
+    bench.check(table)?;
     sites.memory("backup", &[("restore command", &peaks)], table)
 }
 
@@ -109,53 +148,70 @@ impl Bench<'_> {
 
     /// Full backups, each into a repository that was made for it; those of the last run stay.
     fn full(&mut self, table: &mut Table) -> anyhow::Result<()> {
-        let (mut seconds, mut bytes, mut peaks) =
-            (Figures::default(), Figures::default(), Figures::default());
+        let [mut seconds, mut bytes, mut peaks, mut cpu] = [(); 4].map(|()| Figures::default());
         for run in 0..self.arguments.runs {
             say(&format!("full backup, run {} of {}", run + 1, self.arguments.runs));
             self.make_repositories(run)?;
-            for tool in rotated(&TOOLS, run) {
+            for tool in rotated(&BACKUP_TOOLS, run) {
                 settle()?;
-                let (took, added) = match tool {
-                    Tool::Ours => {
-                        let repository = &self.repositories[run as usize];
-                        (self.sites.backup(VM, repository)?.seconds, disk_usage(repository)?)
-                    }
-                    Tool::Restic => {
-                        let ran = self.restic.backup(&self.disk())?;
-                        peaks.restic.push(ran.peak_mb);
-                        (ran.seconds, self.restic.bytes()?)
-                    }
-                    Tool::Borg => {
-                        let ran = self.borg.backup(&self.disk())?;
-                        peaks.borg.push(ran.peak_mb);
-                        (ran.seconds, self.borg.bytes()?)
-                    }
-                };
-                seconds.of(tool).push(took);
-                bytes.of(tool).push(added / 1e9);
+                let ran = self.back_up(tool, run)?;
+                seconds.push(tool, ran.seconds);
+                cpu.push(tool, ran.cpu_s / (self.data / 1e9));
+                bytes.push(tool, self.repository_bytes(tool, run)? / 1e9);
+                peaks.push(tool, ran.peak_mb);
             }
         }
         let image = format!("{} GiB image", self.arguments.image_gib);
-        seconds.rows(&format!("full backup, {image}"), "s", [Some(0.5), Some(0.4)], table);
-        bytes.rows(&format!("repository after it, {image}"), "GB", [Some(1.0), None], table);
-        table.note(&format!(
-            "peak memory of a full backup: restic {:.0} MB, borg {:.0} MB",
-            median(&peaks.restic),
-            median(&peaks.borg)
-        ));
+        let limit = Some(self.limits.backup_s(self.data));
+        seconds.rows(
+            &format!("full backup, {image}"),
+            "s",
+            limit,
+            &[(Tool::Restic, 0.5), (Tool::Borg, 0.4)],
+            table,
+        );
+        bytes.rows(&format!("repository after it, {image}"), "GB", None, &[(Tool::Restic, 1.0)], table);
+        cpu.rows("processor time of a full backup, per GB", "s", None, &[], table);
+        let peaks = peaks.0.iter().filter(|(tool, _)| **tool != Tool::Ours);
+        let peaks: Vec<String> =
+            peaks.map(|(tool, figures)| format!("{} {:.0} MB", tool.name(), median(figures))).collect();
+        table.note(&format!("peak memory of a full backup: {}", peaks.join(", ")));
         Ok(())
+    }
+
+    fn back_up(&mut self, tool: Tool, run: u32) -> anyhow::Result<Ran> {
+        let disk = self.disk();
+        match tool {
+            Tool::Restic => self.restic.backup(&disk),
+            Tool::Borg => self.borg.backup(&disk),
+            Tool::Rustic => self.rustic.backup(&disk),
+            _ => {
+                let backup = self.sites.backup(VM, &self.repositories[run as usize])?;
+                let Backup { seconds, cpu_s, .. } = backup;
+                Ok(Ran { seconds, cpu_s, peak_mb: 0.0, stdout: String::new() })
+            }
+        }
+    }
+
+    fn repository_bytes(&self, tool: Tool, run: u32) -> anyhow::Result<f64> {
+        match tool {
+            Tool::Restic => self.restic.bytes(),
+            Tool::Borg => self.borg.bytes(),
+            Tool::Rustic => self.rustic.bytes(),
+            _ => disk_usage(&self.repositories[run as usize]),
+        }
     }
 
     fn make_repositories(&mut self, run: u32) -> anyhow::Result<()> {
         if let Some(previous) = run.checked_sub(1) {
             let _ = std::fs::remove_dir_all(&self.repositories[previous as usize]);
         }
-        // Ours is a restic repository like any other.
+        // Tool::Ours is a restic repository like any other.
         let name = format!("run{}", run + 1);
         Restic::new(&self.folder.join(""), &name, &self.folder.password()).init()?;
         self.restic.init()?;
-        self.borg.init()
+        self.borg.init()?;
+        self.rustic.init()
     }
 
     /// A change of 1 %, and a backup of it with each tool; again for every run. The newest backup of ours.
@@ -169,28 +225,27 @@ impl Bench<'_> {
             Disk::open(self.daemon, DISK)?.change(&extents, u64::from(run) + 1)?;
             self.sites.sync(VM)?;
             self.sites.quiet(VM)?;
-            for tool in rotated(&TOOLS, run) {
+            for tool in rotated(&BACKUP_TOOLS, run) {
                 settle()?;
-                let took = match tool {
-                    Tool::Ours => {
-                        let backup = self.sites.backup(VM, &repository)?;
-                        read.push([backup.bytes_read, backup.bytes_added].map(|bytes| bytes as f64 / 1e6));
-                        newest = backup.id;
-                        backup.seconds
-                    }
-                    Tool::Restic => self.restic.backup(&self.disk())?.seconds,
-                    Tool::Borg => self.borg.backup(&self.disk())?.seconds,
+                let took = if tool == Tool::Ours {
+                    let backup = self.sites.backup(VM, &repository)?;
+                    read.push([backup.bytes_read, backup.bytes_added].map(|bytes| bytes as f64));
+                    newest = backup.id;
+                    backup.seconds
+                } else {
+                    self.back_up(tool, run)?.seconds
                 };
-                seconds.of(tool).push(took);
+                seconds.push(tool, took);
             }
         }
-        seconds.rows("backup of a 1 % change", "s", [Some(0.1), None], table);
         let column = |n: usize| median(&read.iter().map(|figures| figures[n]).collect::<Vec<_>>());
+        let limit = self.limits.backup_s(size as f64 / 100.0);
+        seconds.rows("backup of a 1 % change", "s", Some(limit), &[(Tool::Restic, 0.1)], table);
         table.note(&format!(
             "for a 1 % change ({:.0} MB) ours read {:.0} MB and added {:.0} MB",
             size as f64 / 100.0 / 1e6,
-            column(0),
-            column(1)
+            column(0) / 1e6,
+            column(1) / 1e6
         ));
         Ok(newest)
     }
@@ -199,30 +254,74 @@ impl Bench<'_> {
         &self.repositories[self.repositories.len() - 1]
     }
 
-    /// The newest backup of each, restored; ours is compared with the disk once. Our command's memory.
+    /// The newest backup of each, restored; ours is compared with the disk once. Beside them what plain copies of
+    /// the disk take. Our command's memory.
     fn restore(&self, newest: &str, table: &mut Table) -> anyhow::Result<Vec<f64>> {
         let (mut seconds, mut peaks) = (Figures::default(), Vec::new());
         let to = self.folder.join("restored");
         for run in 0..self.arguments.runs {
             say(&format!("restore, run {} of {}", run + 1, self.arguments.runs));
-            for tool in rotated(&[Tool::Ours, Tool::Restic], run) {
+            for tool in rotated(&[Tool::Ours, Tool::Restic, Tool::Rustic, Tool::QemuImg, Tool::NbdCopy], run)
+            {
+                std::fs::create_dir_all(&to)?;
                 settle()?;
-                let ran = if tool == Tool::Ours {
-                    let ran = timed(&self.sites.restore(VM, newest, self.last_repository(), &to)?)?;
-                    peaks.push(ran.peak_mb);
-                    ran
-                } else {
-                    self.restic.restore(&to)?
+                let ran = match tool {
+                    Tool::Restic => self.restic.restore(&to)?,
+                    Tool::Rustic => self.rustic.restore(&to)?,
+                    Tool::QemuImg | Tool::NbdCopy => timed(&self.copy(tool, &to.join("copy.raw")))?,
+                    _ => timed(&self.sites.restore(VM, newest, self.last_repository(), &to)?)?,
                 };
-                if run == 0 && tool == Tool::Ours {
-                    same(&to.join(format!("{DISK}.raw")), &self.disk())?;
+                if tool == Tool::Ours {
+                    peaks.push(ran.peak_mb);
+                    if run == 0 {
+                        same(&to.join(format!("{DISK}.raw")), &self.disk())?;
+                    }
                 }
-                seconds.of(tool).push(ran.seconds);
+                seconds.push(tool, ran.seconds);
                 std::fs::remove_dir_all(&to)?;
             }
         }
         let what = format!("restore of the {} GiB image", self.arguments.image_gib);
-        seconds.rows(&what, "s", [Some(0.7), None], table);
+        let limit = Some(self.limits.restore_s(self.data));
+        seconds.rows(&what, "s", limit, &[(Tool::Restic, 0.7)], table);
+        table.note("beside the restore: qemu-img convert and nbdcopy --flush copy the raw disk, neither packed nor checked");
         Ok(peaks)
+    }
+
+    /// The disk copied as it is.
+    fn copy(&self, tool: Tool, to: &Path) -> Command {
+        let mut command = Command::new(tool.name());
+        if tool == Tool::NbdCopy {
+            let uri = format!("nbd+unix:///{DISK}?socket={}", self.daemon.nbd().display());
+            command.arg("--flush").arg(uri).arg(to);
+        } else {
+            // The disk is open for writing in the daemon; nobody writes to it now.
+            command
+                .args(["convert", "-U", "-f", "raw", "-O", "raw", "-t", "writeback"])
+                .arg(self.disk())
+                .arg(to);
+        }
+        command
+    }
+
+    /// Everything read again and checked: all backups of ours, and restic's of its own repository.
+    fn check(&self, table: &mut Table) -> anyhow::Result<()> {
+        let mut seconds = Figures::default();
+        let name = name_of(self.last_repository());
+        for run in 0..self.arguments.runs {
+            say(&format!("check, run {} of {}", run + 1, self.arguments.runs));
+            for tool in rotated(&[Tool::Ours, Tool::Restic], run) {
+                settle()?;
+                let ran = match tool {
+                    Tool::Ours => {
+                        timed(&self.sites.replica.command(&["verify", VM, "--repository", &name])?)?
+                    }
+                    _ => self.restic.check()?,
+                };
+                seconds.push(tool, ran.seconds);
+            }
+        }
+        seconds.rows("everything read again and checked", "s", None, &[], table);
+        Ok(())
     }
 }

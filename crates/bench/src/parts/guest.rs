@@ -132,6 +132,7 @@ fn rows(without: &[Latency], with: &[Latency], table: &mut Table) {
             peer: Some(("without".into(), figures(without, which))),
             unit: "us",
             wanted,
+            limit: None,
         });
     };
     row("p99", |latency| latency.p99_us, Some(Wanted::AtMost(1.5)));

@@ -5,6 +5,7 @@ pub mod backup;
 pub mod guest;
 pub mod io;
 pub mod replicate;
+pub mod scale;
 pub mod sparse;
 
 use std::fs;
@@ -17,7 +18,7 @@ use anyhow::{Context, ensure};
 use rig::{Site, StorageDaemon};
 use serde_json::Value;
 
-use crate::measure::{Ran, largest, peak_mb, run, settle};
+use crate::measure::{Ran, cpu_seconds, largest, peak_mb, run, settle};
 use crate::table::{Table, Wanted};
 use crate::{Arguments, say};
 
@@ -123,7 +124,10 @@ impl Sites {
     /// Backs up a replica.
     pub fn backup(&self, vm: &str, repository: &Path) -> anyhow::Result<Backup> {
         let arguments = ["backup", vm, "--repository", &name_of(repository)];
-        let ran = run(&self.replica.command(&arguments)?)?;
+        let pid = self.replica.pid().context("the replica's site does not run")?;
+        let before = cpu_seconds(pid)?;
+        let mut ran = run(&self.replica.command(&arguments)?)?;
+        ran.cpu_s += cpu_seconds(pid)? - before;
         Backup::of(&ran).with_context(|| format!("{arguments:?} printed {}", ran.stdout))
     }
 
@@ -191,6 +195,8 @@ pub struct Backup {
     pub id: String,
     /// Wall time of the command in seconds.
     pub seconds: f64,
+    /// Processor time of the command and of the site for it, in seconds.
+    pub cpu_s: f64,
     /// Bytes read for it.
     pub bytes_read: u64,
     /// Bytes added to the repository.
@@ -204,6 +210,7 @@ impl Backup {
         Ok(Self {
             id: json["backup"].as_str().context("no backup")?.to_owned(),
             seconds: ran.seconds,
+            cpu_s: ran.cpu_s,
             bytes_read: number("bytes_read")?,
             bytes_added: number("bytes_added")?,
         })
@@ -249,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_backup_is_read_from_what_the_command_prints() {
-        let ran = |stdout: &str| Ran { seconds: 1.5, peak_mb: 1.0, stdout: stdout.into() };
+        let ran = |stdout: &str| Ran { seconds: 1.5, peak_mb: 1.0, cpu_s: 2.0, stdout: stdout.into() };
         let backup =
             Backup::of(&ran(r#"{"backup":"ab12","bytes_read":10,"bytes_added":4,"seconds":1.0}"#)).unwrap();
         assert_eq!((backup.id.as_str(), backup.bytes_read, backup.bytes_added), ("ab12", 10, 4));

@@ -10,6 +10,7 @@ use rig::StorageDaemon;
 use super::{BY_HAND, Cycle, Folder, PATIENCE, Sites, mb_per_s, rotated};
 use crate::disk::Disk;
 use crate::image::{self, MIB};
+use crate::limits::Limits;
 use crate::measure::{median, run as timed, settle};
 use crate::table::{Row, Table, Wanted};
 use crate::{Arguments, say};
@@ -52,11 +53,14 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
             }
         }
     }
-    for ((_, what), [ours, theirs]) in KINDS.iter().zip(&rates) {
+    let limits = Limits::of(arguments)?;
+    for ((_, what), ([ours, theirs], ratio)) in KINDS.iter().zip(rates.iter().zip([1.0, limits.log_ratio()]))
+    {
         let what = format!("replication of a 1 GiB delta, {what}");
         table.figure(what.clone(), median(ours), "MB/s", Some(Wanted::AtLeast(200.0)));
         let peer = Some(("nbdcopy".to_owned(), median(theirs)));
-        table.add(Row { what, ours: median(ours), peer, unit: "MB/s", wanted: None });
+        let limit = Some(limits.replicate_rate(ratio) / 1e6);
+        table.add(Row { what, ours: median(ours), peer, unit: "MB/s", wanted: None, limit });
     }
     table.note(&format!(
         "replication: bytes of disk per second from the moment to the durable acknowledgement; the logs of the \

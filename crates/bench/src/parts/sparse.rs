@@ -112,6 +112,7 @@ fn rows(large: &[f64], small: &[f64], theirs: &[f64], table: &mut Table) {
         peer: Some((peer.into(), median(figures))),
         unit: "s",
         wanted: Some(Wanted::AtMost(bound)),
+        limit: None,
     };
     table.add(row("restic", theirs, 0.01));
     table.add(row("10 GiB disk", small, 1.3));

@@ -1,0 +1,264 @@
+//! How many VMs one site takes: many small disks behind several storage daemons, each changed by 256 KiB in
+//! every interval of 30 s, both sites on this machine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use nbd::Client;
+use rig::StorageDaemon;
+use serde_json::Value;
+
+use super::{Folder, PATIENCE, Sites};
+use crate::image::Random;
+use crate::measure::{cpu_seconds, largest, median, peak_mb};
+use crate::table::{Table, Wanted};
+use crate::{Arguments, say};
+
+const INTERVAL_S: u64 = 30;
+const DISK_BYTES: u64 = 64 << 20;
+/// What changes in an interval: pieces at random, as a guest's writes are.
+const PIECES: u64 = 16;
+const PIECE_BYTES: u64 = 16 << 10;
+/// VMs behind one daemon: each has a monitor of its own there.
+const VMS_PER_DAEMON: usize = 25;
+/// How often the replica's site is asked how old its points are.
+const SAMPLE: Duration = Duration::from_secs(10);
+/// Fewer VMs than the most are watched for this long.
+const SHORT: Duration = Duration::from_secs(120);
+
+/// Runs the part.
+pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
+    let most = arguments.vms.iter().copied().max().unwrap_or(0);
+    for &vms in &arguments.vms {
+        let whole = Duration::from_secs(60 * arguments.minutes);
+        watch(arguments, vms, if vms == most { whole } else { whole.min(SHORT) }, table)?;
+    }
+    table.note(&format!(
+        "scale: each VM has a disk of {} MiB, of which {} KiB change in every interval of {INTERVAL_S} s, {} KiB here \
+         and there; both sites, the storage daemons and the writer share this machine",
+        DISK_BYTES >> 20,
+        (PIECES * PIECE_BYTES) >> 10,
+        PIECE_BYTES >> 10
+    ));
+    Ok(())
+}
+
+fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -> anyhow::Result<()> {
+    let folder = Folder::new(arguments, "scale")?;
+    say(&format!("{vms} VMs: starting daemons, protecting"));
+    let fleet = Fleet::start(&folder, vms)?;
+    let sites = Sites::start(&folder, &[])?;
+    fleet.protect(&sites)?;
+    let _writer = fleet.write();
+    // A first round of changes is over before anything counts.
+    std::thread::sleep(Duration::from_secs(INTERVAL_S + 10));
+
+    say(&format!("{vms} VMs: watching for {} s", time.as_secs()));
+    let (before, started) = (Standing::of(&sites, &fleet)?, Instant::now());
+    let mut lags = Vec::new();
+    while started.elapsed() < time {
+        std::thread::sleep(SAMPLE.min(time.saturating_sub(started.elapsed())));
+        lags.extend(numbers(&sites.replica.ok(&["status"])?, "lag_s")?);
+    }
+    let elapsed_s = started.elapsed().as_secs_f64();
+    let after = Standing::of(&sites, &fleet)?;
+    rows(vms, &before, &after, elapsed_s, &lags, &sites, table)
+}
+
+/// Daemons with a disk and a monitor for each VM.
+struct Fleet {
+    daemons: Vec<StorageDaemon>,
+    vms: usize,
+}
+
+impl Fleet {
+    fn start(folder: &Folder, vms: usize) -> anyhow::Result<Self> {
+        let mut daemons = Vec::new();
+        for first in (0..vms).step_by(VMS_PER_DAEMON) {
+            let names: Vec<String> = (first..vms.min(first + VMS_PER_DAEMON)).map(disk).collect();
+            let disks: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), DISK_BYTES)).collect();
+            let dir = folder.join(&format!("d{}", daemons.len()));
+            daemons.push(StorageDaemon::start_with_monitors(&dir, &disks, disks.len())?);
+        }
+        Ok(Self { daemons, vms })
+    }
+
+    fn daemon(&self, vm: usize) -> &StorageDaemon {
+        &self.daemons[vm / VMS_PER_DAEMON]
+    }
+
+    /// One after the other within an interval, so that their cycles are spread over it, as they are over days.
+    fn protect(&self, sites: &Sites) -> anyhow::Result<()> {
+        let (started, pause) = (Instant::now(), Duration::from_secs(INTERVAL_S) / self.vms.max(1) as u32);
+        for vm in 0..self.vms {
+            let daemon = self.daemon(vm);
+            let (qmp, nbd) = (daemon.monitor(vm % VMS_PER_DAEMON), daemon.nbd());
+            let (qmp, nbd) = (qmp.to_string_lossy(), nbd.to_string_lossy());
+            let (name, disk, every) = (format!("vm-{vm}"), disk(vm), format!("{INTERVAL_S}s"));
+            sites.primary.ok(&[
+                "protect", &name, "--qmp", &qmp, "--nbd", &nbd, "--to", "replica", "--every", &every,
+                "--disk", &disk,
+            ])?;
+            std::thread::sleep((pause * (vm as u32 + 1)).saturating_sub(started.elapsed()));
+        }
+        rig::wait_for("every VM to be replicating", PATIENCE, || {
+            let status = sites.primary.ok(&["status"])?;
+            let all =
+                status["vms"].as_array().is_some_and(|vms| vms.iter().all(|vm| vm["state"] == "replicating"));
+            Ok(all.then_some(()))
+        })?;
+        Ok(())
+    }
+
+    /// A guest for all of them: each VM's changes, once in every interval.
+    fn write(&self) -> Writer {
+        let disks: Vec<(PathBuf, String)> =
+            (0..self.vms).map(|vm| (self.daemon(vm).nbd(), disk(vm))).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            if let Err(error) = change_all(&disks, &stopped) {
+                say(&format!("the writer ended: {error:#}"));
+            }
+        });
+        Writer { stop, thread: Some(thread) }
+    }
+}
+
+fn disk(vm: usize) -> String {
+    format!("disk-{vm}")
+}
+
+struct Writer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn change_all(disks: &[(PathBuf, String)], stop: &AtomicBool) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut clients = Vec::new();
+        for (socket, name) in disks {
+            clients.push(Client::connect(socket, name, &[]).await.with_context(|| name.clone())?);
+        }
+        let pause = Duration::from_secs(INTERVAL_S) / clients.len().max(1) as u32;
+        let mut turns = tokio::time::interval(pause);
+        let mut random = Random::new(7);
+        let mut bytes = vec![0; PIECE_BYTES as usize];
+        for client in clients.iter().cycle() {
+            turns.tick().await;
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            for _ in 0..PIECES {
+                random.fill(&mut bytes);
+                let at = random.next() % (DISK_BYTES / PIECE_BYTES) * PIECE_BYTES;
+                client.write(at, &bytes).await?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Where everything stands at one time.
+struct Standing {
+    received: Vec<f64>,
+    primary_cpu_s: f64,
+    replica_cpu_s: f64,
+    daemons_cpu_s: f64,
+}
+
+impl Standing {
+    fn of(sites: &Sites, fleet: &Fleet) -> anyhow::Result<Self> {
+        let cpu = |pid: Option<u32>| cpu_seconds(pid.context("a process has ended")?);
+        let daemons = fleet.daemons.iter().map(|daemon| cpu(daemon.pid())).sum::<anyhow::Result<f64>>();
+        Ok(Self {
+            received: numbers(&sites.replica.ok(&["status"])?, "received")?,
+            primary_cpu_s: cpu(sites.primary.pid())?,
+            replica_cpu_s: cpu(sites.replica.pid())?,
+            daemons_cpu_s: daemons?,
+        })
+    }
+}
+
+/// A figure of every VM.
+fn numbers(status: &Value, key: &str) -> anyhow::Result<Vec<f64>> {
+    let vms = status["vms"].as_array().context("no VMs")?;
+    vms.iter().map(|vm| vm[key].as_f64().with_context(|| format!("no {key} of {vm}"))).collect()
+}
+
+#[allow(clippy::too_many_arguments, reason = "all that was seen")]
+fn rows(
+    vms: usize,
+    before: &Standing,
+    after: &Standing,
+    elapsed_s: f64,
+    lags: &[f64],
+    sites: &Sites,
+    table: &mut Table,
+) -> anyhow::Result<()> {
+    ensure!(before.received.len() == vms && after.received.len() == vms, "a VM has gone");
+    let cycles: Vec<f64> =
+        after.received.iter().zip(&before.received).map(|(after, before)| after - before).collect();
+    // Where the window cuts an interval, one cycle more or less falls into it.
+    let due = (elapsed_s / INTERVAL_S as f64).floor() - 1.0;
+    let missed: f64 = cycles.iter().map(|done| (due - done).max(0.0)).sum();
+    let all: f64 = cycles.iter().sum();
+    let wanted = |bound| (vms >= 1000).then_some(Wanted::AtMost(bound));
+    let status = sites.primary.ok(&["status"])?;
+    let totals: Vec<f64> = status["vms"]
+        .as_array()
+        .context("no VMs")?
+        .iter()
+        .filter_map(|vm| vm["last_cycle"]["total_s"].as_f64())
+        .collect();
+    let mut row = |what: &str, figure: f64, unit, wanted| {
+        table.figure(format!("{vms} VMs: {what}"), figure, unit, wanted)
+    };
+    row("cycles missed", missed, "", wanted(0.0));
+    row("oldest newest point seen at the replica", largest(lags), "s", wanted(2.0 * INTERVAL_S as f64));
+    row("a cycle, median", median(&totals) * 1e3, "ms", None);
+    row("a cycle, longest of the last ones", largest(&totals) * 1e3, "ms", None);
+    for (what, before, after) in [
+        ("primary's site", before.primary_cpu_s, after.primary_cpu_s),
+        ("replica's site", before.replica_cpu_s, after.replica_cpu_s),
+        ("storage daemons", before.daemons_cpu_s, after.daemons_cpu_s),
+    ] {
+        row(&format!("processor time of a cycle, {what}"), (after - before) / all * 1e3, "ms", None);
+        row(&format!("share of one core, {what}"), (after - before) / elapsed_s * 100.0, "%", None);
+    }
+    for (what, site) in [("primary", &sites.primary), ("replica", &sites.replica)] {
+        let peak = peak_mb(site.pid().context("the site does not run")?)?;
+        row(&format!("peak memory, {what}'s site"), peak, "MB", wanted(500.0));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn figures_of_every_vm_are_read() {
+        let status = json!({"vms": [{"received": 3, "lag_s": 1.5}, {"received": 4, "lag_s": 2.5}]});
+        assert_eq!(numbers(&status, "received").unwrap(), [3.0, 4.0]);
+        assert_eq!(numbers(&status, "lag_s").unwrap(), [1.5, 2.5]);
+        assert!(numbers(&status, "applied").is_err());
+        assert!(numbers(&json!({}), "received").is_err());
+    }
+}
