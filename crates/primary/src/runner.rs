@@ -11,8 +11,9 @@ use crate::error::Failure;
 use crate::ports::Ports;
 use crate::relationship::{Relationship, Stopper};
 
-/// How often QEMU is asked, between two cycles, how much has changed.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// Between two cycles QEMU is asked this often how much has changed, at the most and at the least: each time it
+/// describes all its disks, and a site may have a thousand VMs.
+const LOOK_INTERVALS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(10)];
 
 /// What a person asks of a runner. Each is answered with the VM's status after it.
 pub(crate) enum Order {
@@ -50,7 +51,9 @@ impl Handle {
 
 async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Receiver<Order>) {
     relationship.publish();
-    let mut looks = tokio::time::interval(LOOK_INTERVAL);
+    let [shortest, longest] = LOOK_INTERVALS;
+    let mut looks =
+        tokio::time::interval((relationship.row().settings.interval / 3).clamp(shortest, longest));
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let due = relationship.due_in();

@@ -118,7 +118,10 @@ impl Store {
         };
         let text = error.to_string();
         tracing::error!(vm = %state.row.name, error = %text, "an apply failed");
-        state.retry_at = now.plus(self.inner.config.retry_failed_after);
+        let config = &self.inner.config;
+        // To try again costs little where only room was missing, and backups wait for it.
+        let wait = if error.code() == "no-space" { config.tick } else { config.retry_failed_after };
+        state.retry_at = now.plus(wait);
         state.apply = ApplyState::Failed { since, error: text.clone() };
         let mut row = state.row.clone();
         if let Some(applying) = &mut row.doc.applying {

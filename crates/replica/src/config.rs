@@ -92,7 +92,7 @@ pub struct Config {
     pub hold_max: Duration,
     /// A barrier that is not given back ends by itself after this. Default 15 min.
     pub barrier_max: Duration,
-    /// A failed apply is tried again after this. Default 5 min.
+    /// A failed apply is tried again after this, or, where only space was missing, after a `tick`. Default 5 min.
     pub retry_failed_after: Duration,
     /// How often the workers look at every VM, whatever arrives. Default 10 s.
     pub tick: Duration,

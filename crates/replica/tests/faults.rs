@@ -144,7 +144,8 @@ fn no_space_refuses_the_log_and_leaves_the_chain_whole() {
     );
     refused(&site, Access::Pinned, Condition::ApplyFailed);
     mount.remount("size=16m");
-    site.store.resume(VM).unwrap();
+    assert_eq!(site.store.maintain(VM).unwrap(), Step::Idle, "it is not tried again at once");
+    bench.clock.pass(site.store.config().tick);
     site.settle(VM);
     site.check_points(&bench.primary);
     assert_eq!(site.store.applied(VM).unwrap(), bench.primary.head.number);
