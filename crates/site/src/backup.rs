@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use model::gate::{self, Access};
 use model::{LogNumber, PointInfo, VmId, VmName, Wanted, choose_point};
-use replica::Store;
+use replica::{BarrierGuard, Store};
 use repository::{BackupMeta, BackupReport, Repository};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -74,6 +74,9 @@ impl OpenRepositories {
 
 /// How long an attempt that asked for the barrier waits for the running apply.
 const BARRIER_PATIENCE: Duration = Duration::from_secs(10 * 60);
+
+/// A point that was chosen may go before it is opened; so often is another one chosen.
+const CHOICES: u32 = 5;
 
 /// Makes backups of this site's replicas.
 #[derive(Clone)]
@@ -143,7 +146,7 @@ impl Backups {
         cancel: &AtomicBool,
     ) -> Result<Value, NoBackup> {
         let vm = replica_named(&self.store, &request.vm)?;
-        let barrier = barrier.then(|| self.store.barrier(vm, BARRIER_PATIENCE)).transpose()?;
+        let barrier = if barrier { self.barrier(vm)? } else { None };
         let (point, mut opened) = self.open(request, vm)?;
         // From here on the pin or the hold keeps applies away.
         drop(barrier);
@@ -171,20 +174,43 @@ impl Backups {
         }
     }
 
-    /// Asks the gate, and opens what it admits.
+    /// Keeps applies away. One that outlasts our patience is a refusal like any other: the job comes again.
+    fn barrier(&self, vm: VmId) -> Result<Option<BarrierGuard>, NoBackup> {
+        match self.store.barrier(vm, BARRIER_PATIENCE) {
+            Err(replica::Error::Busy { .. }) => self.ask(vm, Access::Hold).map(|()| None),
+            barrier => Ok(Some(barrier?)),
+        }
+    }
+
+    /// Whether the gate would admit anything, whatever the point.
+    fn ask(&self, vm: VmId, access: Access) -> Result<(), NoBackup> {
+        let facts = self.store.facts(vm)?;
+        gate::admit(&facts.as_facts(), access, LogNumber::ZERO, now()).map_err(NoBackup::Refused)?;
+        Ok(())
+    }
+
+    /// Chooses a point, asks the gate, and opens what it admits.
     fn open(&self, request: &BackupRequest, vm: VmId) -> Result<(PointInfo, Opened), NoBackup> {
-        let point = match self.choose(request, vm) {
-            Ok(point) => point,
-            Err(failure) => {
+        let mut choices = CHOICES;
+        loop {
+            let point = self.choose(request, vm).or_else(|failure| {
                 // While there is no point to choose, the gate has more to say of why.
-                let facts = self.store.facts(vm)?;
-                gate::admit(&facts.as_facts(), request.view, LogNumber::ZERO, now())
-                    .map_err(NoBackup::Refused)?;
-                return Err(failure.into());
+                self.ask(vm, request.view)?;
+                Err(NoBackup::Failed(failure))
+            })?;
+            choices -= 1;
+            match self.open_point(request, vm, point) {
+                // A log that has just arrived, or an apply that has just ended, took the point away.
+                Err(replica::Error::NoSuchPoint { .. } | replica::Error::NotTheBase { .. })
+                    if request.point.is_none() && choices > 0 => {}
+                opened => return Ok((point, opened?)),
             }
-        };
+        }
+    }
+
+    fn open_point(&self, request: &BackupRequest, vm: VmId, point: PointInfo) -> replica::Result<Opened> {
         let admitted = self.store.admit(vm, request.view, point.number)?;
-        let opened = match request.view {
+        Ok(match request.view {
             Access::Hold => {
                 let (hold, admission) = self.store.open_hold(admitted, self.lease())?;
                 let view =
@@ -194,8 +220,7 @@ impl Backups {
             Access::Pinned | Access::Strict => {
                 Opened::new(&self.store, self.store.open_view(admitted)?, None)
             }
-        };
-        Ok((point, opened))
+        })
     }
 
     fn choose(&self, request: &BackupRequest, vm: VmId) -> Result<PointInfo, Failure> {
