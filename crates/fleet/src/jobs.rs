@@ -40,8 +40,6 @@ pub(crate) enum JobState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     Done,
-    /// The running apply did not end within the barrier's patience.
-    BarrierInVain,
     GaveUp(GiveUp),
 }
 
@@ -116,15 +114,13 @@ impl Site<'_> {
         }
     }
 
-    /// The apply has not ended in time: the job fails, as it does in production.
+    /// The apply has not ended in time: the gate refuses, as it does in production, and the job comes again.
     pub fn barrier_timeout(&mut self, index: u32, life: u32, attempt: u32) {
         let job = &self.jobs[index as usize];
         let same = life == self.life && attempt == job.refused.len() as u32;
         if same && matches!(job.state, JobState::AtBarrier) {
-            let vm = job.vm;
-            self.vms[vm as usize].barred = false;
-            self.end(index, End::BarrierInVain);
-            self.wake(vm);
+            self.tally.barrier_in_vain += 1;
+            self.ask(index);
         }
     }
 

@@ -25,7 +25,7 @@ pub struct Tally {
     pub out_of_time: u64,
     /// Given up, and the last refusal was a collision with an apply: starved.
     pub starved: u64,
-    /// Given up because the apply that the barrier waited for did not end in time.
+    /// Attempts refused because the apply that the barrier waited for did not end in time.
     pub barrier_in_vain: u64,
     /// Holds that were left behind by a site that died.
     pub orphaned_holds: u64,
@@ -163,7 +163,6 @@ impl Tally {
                 self.in_window += u64::from(in_window);
                 self.done_ms.add(millis(after));
             }
-            End::BarrierInVain => self.barrier_in_vain += 1,
             End::GaveUp(GiveUp::Attempts) => self.out_of_attempts += 1,
             End::GaveUp(GiveUp::Deadline) => self.out_of_time += 1,
         }

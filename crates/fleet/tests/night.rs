@@ -124,7 +124,7 @@ fn whatever_fails_every_job_ends_and_every_pause_is_released() {
         let tally = run(&rough(strategy), 2);
         assert_eq!((tally.unfinished, tally.still_paused), (0, 0), "{strategy:?}");
         assert_eq!(tally.tried, 600);
-        assert_eq!(tally.done + tally.out_of_attempts + tally.out_of_time + tally.barrier_in_vain, 600);
+        assert_eq!(tally.done + tally.out_of_attempts + tally.out_of_time, 600);
         assert!(tally.attempts.max() <= u64::from(RetryPolicy::default().attempts_max));
         for condition in [Condition::Resync, Condition::ApplyInterrupted] {
             assert!(refused(&tally, condition) > 0, "{strategy:?} never met {condition}");
