@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rig::{Result, Trouble};
+use rig::{Result, nbd_address};
 
 /// The disk with ext4 and SQLite.
 pub const SYSTEM: &str = "system";
@@ -37,8 +37,7 @@ impl Disk {
 
     /// An NBD export, named as Afterimage names them: `nbd+unix:///EXPORT?socket=PATH`.
     pub fn nbd(name: &str, uri: &str) -> Result<Self> {
-        let parts = uri.strip_prefix("nbd+unix:///").and_then(|rest| rest.split_once("?socket="));
-        let (export, socket) = parts.ok_or_else(|| Trouble(format!("not an NBD address: {uri}")))?;
+        let (export, socket) = nbd_address(uri)?;
         Ok(Self { name: name.into(), source: Source::Nbd { socket: socket.into(), export: export.into() } })
     }
 

@@ -1,12 +1,11 @@
 //! What guests start from: a kernel, an initramfs, and two disks with empty databases. Made once from the
 //! packages, and kept for as long as those and our scripts stay the same.
 
-use std::fmt::Display;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rig::{Result, Trouble, need, tool};
+use rig::{Result, Trouble, doing, need, tool};
 use sha2::{Digest, Sha256};
 
 use crate::check::BOOT;
@@ -21,11 +20,6 @@ const INITRAMFS: &str = "initramfs.cpio";
 const DISKS: [(&str, u64); 2] = [(SYSTEM, 96 << 20), (DATA, 320 << 20)];
 /// Changes when this code makes something else of the same parts.
 const VERSION: &str = "1";
-
-/// Adds what was being done to an error.
-pub(crate) fn doing<E: Display>(what: impl Display) -> impl FnOnce(E) -> Trouble {
-    move |error| Trouble(format!("{what}: {error}"))
-}
 
 /// A kernel, an initramfs, and disks to begin with.
 #[derive(Debug, Clone)]

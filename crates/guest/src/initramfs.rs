@@ -9,10 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rig::{Result, Trouble, tool};
+use rig::{Result, Trouble, doing, tool};
 
 use crate::cpio::Archive;
-use crate::image::doing;
 
 /// Our scripts: the first process, and what it becomes.
 pub(crate) const SCRIPTS: [(&str, &str); 5] = [

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rig::{Process, Result, need, wait_for};
+use rig::{Process, Result, doing, need, wait_for};
 
 use crate::console::Console;
 use crate::disk::Disk;
-use crate::image::{GuestImage, doing};
+use crate::image::GuestImage;
 use crate::ledger::Acked;
 
 const MEMORY_MIB: u32 = 448;

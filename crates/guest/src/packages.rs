@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rig::{Result, Trouble, tool};
-
-use crate::image::doing;
+use rig::{Result, Trouble, doing, tool};
 
 /// What a user is told where something is missing.
 const INSTALL: &str = "run ./scripts/setup guest";

@@ -16,7 +16,7 @@ pub use line::Line;
 pub use lossy::LossyDisk;
 pub use programs::{Process, need, this_program, tool, wait_for};
 pub use site::{Output, Site, free_address};
-pub use writer::{Writer, fill, noise, state_of_exports, state_of_files};
+pub use writer::{Writer, fill, nbd_address, noise, state_of_exports, state_of_files};
 
 /// Why something could not be set up or did not do what it had to; the message says all.
 #[derive(thiserror::Error)]
@@ -34,6 +34,6 @@ impl std::fmt::Debug for Trouble {
 pub type Result<T> = std::result::Result<T, Trouble>;
 
 /// Adds what was being done to an error.
-pub(crate) fn doing<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> Trouble {
+pub fn doing<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> Trouble {
     move |error| Trouble(format!("{what}: {error}"))
 }

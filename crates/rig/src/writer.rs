@@ -143,16 +143,20 @@ pub fn state_of_files(
     Checker::new(script).state(begun, |disk, offset, buffer| files[disk].read_exact_at(buffer, offset))
 }
 
+/// The export and the socket of an NBD address as Afterimage gives them: `nbd+unix:///EXPORT?socket=PATH`.
+pub fn nbd_address(uri: &str) -> Result<(&str, &Path)> {
+    let parts = uri.strip_prefix("nbd+unix:///").and_then(|rest| rest.split_once("?socket="));
+    let (export, socket) = parts.ok_or_else(|| Trouble(format!("not an NBD address: {uri}")))?;
+    Ok((export, Path::new(socket)))
+}
+
 /// The state that NBD exports show (`nbd+unix:///NAME?socket=PATH`, in the disks' order).
 pub fn state_of_exports(script: &Script, begun: u64, uris: &[&str]) -> std::result::Result<u64, Violation> {
     let runtime = runtime().map_err(std::io::Error::other)?;
     let mut disks = Vec::new();
     for uri in uris {
-        let (name, socket) = uri
-            .strip_prefix("nbd+unix:///")
-            .and_then(|rest| rest.split_once("?socket="))
-            .ok_or_else(|| std::io::Error::other(format!("not an NBD address: {uri}")))?;
-        let client = runtime.block_on(Client::connect(Path::new(socket), name, &[]));
+        let (name, socket) = nbd_address(uri).map_err(std::io::Error::other)?;
+        let client = runtime.block_on(Client::connect(socket, name, &[]));
         disks.push(client.map_err(std::io::Error::other)?);
     }
     Checker::new(script).state(begun, |disk, offset, buffer| {
