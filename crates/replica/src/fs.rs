@@ -40,10 +40,7 @@ impl Files {
 
     /// Opens a file to read it, if there is one.
     pub fn open_if_there(&self, path: &Path) -> Result<Option<Arc<dyn File>>> {
-        match self.0.open(path, Open::Read) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            opened => opened.map(Some).map_err(Error::io("opening", path)),
-        }
+        if_there(self.0.open(path, Open::Read)).map_err(Error::io("opening", path))
     }
 
     /// Opens a file that has nothing in it, whatever was there before.
@@ -78,15 +75,14 @@ impl Files {
 
     /// Removes a file; it does not matter if it is gone.
     pub fn remove_file(&self, path: &Path) -> Result<()> {
-        unless_gone(self.0.remove_file(path)).map_err(Error::io("removing", path))
+        if_there(self.0.remove_file(path)).map(drop).map_err(Error::io("removing", path))
     }
 
     /// Removes a folder with all that is in it, durably: what a power cut brought back would be nobody's. It does
     /// not matter if it is gone.
     pub fn remove_folder(&self, path: &Path) -> Result<()> {
-        match self.0.remove_dir_all(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            removed => removed.map_err(Error::io("removing", path))?,
+        if if_there(self.0.remove_dir_all(path)).map_err(Error::io("removing", path))?.is_none() {
+            return Ok(());
         }
         durable_step("replica::folder::removed");
         path.parent().map_or(Ok(()), |folder| self.sync_folder(folder))?;
@@ -119,11 +115,8 @@ impl Files {
 
     /// The length of a file; none if there is no file of that name.
     pub fn len(&self, path: &Path) -> Result<Option<u64>> {
-        match self.0.metadata(path) {
-            Ok(meta) => Ok(meta.is_file.then_some(meta.len)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("looking for", path)(error)),
-        }
+        let meta = if_there(self.0.metadata(path)).map_err(Error::io("looking for", path))?;
+        Ok(meta.filter(|meta| meta.is_file).map(|meta| meta.len))
     }
 
     /// The bytes that a file takes up on its disk; of one that is not there, none.
@@ -157,10 +150,11 @@ impl Files {
     }
 }
 
-fn unless_gone(outcome: io::Result<()>) -> io::Result<()> {
+/// What came of something done to a path; none if there is nothing of that name.
+fn if_there<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
     match outcome {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
     }
 }
 
