@@ -16,7 +16,7 @@ impl<P: Ports> Relationship<P> {
     pub async fn protect(shared: &Arc<Shared<P>>, request: ProtectRequest) -> Result<Self, Error> {
         let ProtectRequest { name, settings } = request;
         check_settings(&settings, shared.config.interval_min_s)?;
-        if rows::load(&shared.catalog)?.iter().any(|row| row.name == name) {
+        if rows::is_known(&shared.catalog, &name)? {
             return Err(Error::Exists(name));
         }
         let mut row = Protected {

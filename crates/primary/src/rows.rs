@@ -163,6 +163,11 @@ pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
     })
 }
 
+/// Whether a VM of this name is protected.
+pub fn is_known(catalog: &Catalog, name: &VmName) -> Result<bool, catalog::Error> {
+    catalog.read(|c| c.prepare("SELECT 1 FROM protected WHERE name = ?1")?.exists([name.as_str()]))
+}
+
 /// Forgets a VM.
 pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
     let id = vm.to_string();
