@@ -31,6 +31,16 @@ struct Row {
     seconds: f64,
 }
 
+/// Runs one line; `work` says what was lost, if the power went.
+fn run_row(case: &Case, power: Option<u64>, work: impl FnOnce(&mut Option<String>) -> Result<()>) -> Row {
+    let (started, mut lost) = (Instant::now(), None);
+    let outcome = work(&mut lost)
+        .map_err(|Trouble(text)| Trouble(format!("{} (power {power:?}): {text}", case.fail_at())));
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{:6.1} s  {}  {}", seconds, case.fail_at(), if outcome.is_ok() { "ok" } else { "FAILED" });
+    Row { case: *case, power: lost, outcome, seconds }
+}
+
 /// Steps that share two sites; several such groups run side by side.
 type Group = Vec<Case>;
 
@@ -74,18 +84,14 @@ fn run_group(group: &[Case], power: Option<u64>) -> Vec<Row> {
     let mut rows = Vec::new();
     let mut pair = None;
     for case in group {
-        let started = Instant::now();
         let seed = power.map(|seed| seed_of(case).wrapping_add(seed));
-        let mut lost = None;
-        let outcome = sites(&mut pair, case, power.is_some())
-            .and_then(|pair| crash(pair, case, seed, &mut lost))
-            .map_err(|Trouble(text)| Trouble(format!("{} (power {seed:?}): {text}", case.fail_at())));
-        if outcome.is_err() {
+        let row = run_row(case, seed, |lost| {
+            sites(&mut pair, case, seed.is_some()).and_then(|pair| crash(pair, case, seed, lost))
+        });
+        if row.outcome.is_err() {
             pair = None; // the next one starts afresh
         }
-        let seconds = started.elapsed().as_secs_f64();
-        println!("{:6.1} s  {}  {}", seconds, case.fail_at(), if outcome.is_ok() { "ok" } else { "FAILED" });
-        rows.push(Row { case: *case, power: lost, outcome, seconds });
+        rows.push(row);
     }
     if let Some(pair) = pair
         && let Err(trouble) = pair.check_all_backups()
@@ -197,34 +203,21 @@ fn crash_init(case: &Case, power: Option<u64>, lost: &mut Option<String>) -> Res
 }
 
 fn run_inits(cases: &[Case], power: Option<u64>) -> Vec<Row> {
-    let run = |case: &Case| {
-        let (started, mut lost) = (Instant::now(), None);
-        let outcome = crash_init(case, power, &mut lost)
-            .map_err(|Trouble(text)| Trouble(format!("{} (power {power:?}): {text}", case.fail_at())));
-        Row { case: *case, power: lost, outcome, seconds: started.elapsed().as_secs_f64() }
-    };
-    cases.iter().map(run).collect()
+    cases.iter().map(|case| run_row(case, power, |lost| crash_init(case, power, lost))).collect()
 }
 
 /// One after the other on the same sites.
 fn run_hours(cases: &[Case], power: Option<u64>) -> Vec<Row> {
     let mut hours = None;
-    let mut run = |case: &Case| {
-        let (started, mut lost) = (Instant::now(), None);
-        let outcome = hours
-            .take()
-            .map_or_else(|| Hours::new(power.is_some()), Ok)
-            .and_then(|mut sites| {
-                sites.crash(case, power, &mut lost)?;
-                hours = Some(sites);
-                Ok(())
-            })
-            .map_err(|Trouble(text)| Trouble(format!("{} (power {power:?}): {text}", case.fail_at())));
-        let seconds = started.elapsed().as_secs_f64();
-        println!("{:6.1} s  {}  {}", seconds, case.fail_at(), if outcome.is_ok() { "ok" } else { "FAILED" });
-        Row { case: *case, power: lost, outcome, seconds }
+    let run = |case: &Case| {
+        run_row(case, power, |lost| {
+            let mut sites = hours.take().map_or_else(|| Hours::new(power.is_some()), Ok)?;
+            sites.crash(case, power, lost)?;
+            hours = Some(sites);
+            Ok(())
+        })
     };
-    cases.iter().map(&mut run).collect()
+    cases.iter().map(run).collect()
 }
 
 /// All of the matrix that is wanted, once.

@@ -146,7 +146,7 @@ impl Pair {
         }
         let storage = self.storage()?;
         let (head, branch) = (self.head.dir(), self.branch.dir());
-        let mut left = self.other_homes(&storage);
+        let mut left: Vec<PathBuf> = self.homes().filter(|home| *home != storage).collect();
         for folder in [storage.join("incoming"), branch.join("scratch"), head.join("repository/locks")] {
             left.extend(files(&folder));
         }
@@ -162,10 +162,14 @@ impl Pair {
         if found.is_empty() { Ok(()) } else { Err(trouble(format!("left over: {found:#?}"))) }
     }
 
-    /// Folders of VMs other than the one that the replica is in.
-    fn other_homes(&self, storage: &Path) -> Vec<PathBuf> {
-        let parents = [self.head.dir().join("vms"), self.beside(Side::Head, "moved")];
-        parents.iter().flat_map(|parent| files(parent)).filter(|home| home != storage).collect()
+    /// Where replicas are kept, and where they can be moved to.
+    fn parents(&self) -> [PathBuf; 2] {
+        [self.head.dir().join("vms"), self.beside(Side::Head, "moved")]
+    }
+
+    /// The folders of all VMs.
+    fn homes(&self) -> impl Iterator<Item = PathBuf> {
+        self.parents().into_iter().flat_map(|parent| files(&parent))
     }
 
     /// Where the replica is.
@@ -175,13 +179,12 @@ impl Pair {
 
     /// The same without asking anybody.
     pub fn storage_known(&self) -> PathBuf {
-        let parents = [self.head.dir().join("vms"), self.beside(Side::Head, "moved")];
-        parents.iter().flat_map(|parent| files(parent)).next().unwrap_or_default()
+        self.homes().next().unwrap_or_default()
     }
 
     /// Where it is not.
     pub fn other_storage(&self) -> Result<PathBuf> {
-        let (home, moved) = (self.head.dir().join("vms"), self.beside(Side::Head, "moved"));
+        let [home, moved] = self.parents();
         Ok(if self.storage()?.starts_with(&home) { moved } else { home })
     }
 }

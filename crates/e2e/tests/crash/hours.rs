@@ -73,7 +73,7 @@ impl Hours {
         // It may be so quick that it dies before it has answered.
         let _ = self.serve(Side::Head, self.hour, &[(steps::FAIL_AT, &fail_at)]);
         let begun = order(&self.pair.branch, &["sync", VM])?;
-        let died = self.pair.head_died(&fail_at);
+        let died = await_death(self.pair.site(Side::Head), &fail_at);
         drop(begun);
         died?;
         if let Some(seed) = power {
@@ -91,12 +91,5 @@ impl Hours {
         let mut merged: Vec<String> = names.filter(|name| name.contains('-')).collect();
         merged.sort();
         Ok(merged)
-    }
-}
-
-impl Pair {
-    /// Waits for the replica's site to die at a step; it may have died while it was waited for to be ready.
-    fn head_died(&mut self, step: &str) -> Result<()> {
-        await_death(&mut self.head, step)
     }
 }
