@@ -199,29 +199,28 @@ fn decompress(sample: &[u8]) -> anyhow::Result<f64> {
     }))
 }
 
+/// The file is written three times: from the second time on over what is there, as a base is.
 fn write_rate(beside: &Path) -> anyhow::Result<f64> {
     let path = beside.with_extension("written");
-    let mut seconds = Vec::new();
-    for _ in 0..3 {
-        settle()?;
-        let mut dd = Command::new("dd");
-        dd.args(["if=/dev/zero", "bs=4M", "conv=fsync,notrunc"]).arg(format!("of={}", path.display()));
-        dd.arg(format!("count={}", DISK_BYTES >> 22));
-        seconds.push(timed(&dd)?.seconds);
-    }
+    let (of, count) = (format!("of={}", path.display()), format!("count={}", DISK_BYTES >> 22));
+    let rate = dd_rate(DISK_BYTES, &["if=/dev/zero", &of, &count, "conv=fsync,notrunc"])?;
     std::fs::remove_file(&path)?;
-    Ok(DISK_BYTES as f64 / median(&seconds))
+    Ok(rate)
 }
 
 fn read_rate(path: &Path) -> anyhow::Result<f64> {
-    settle()?;
+    let from = format!("if={}", path.display());
+    dd_rate((SAMPLE_MIB * MIB) as u64, &[&from, "of=/dev/null", "iflag=direct"])
+}
+
+/// The median of three.
+fn dd_rate(bytes: u64, arguments: &[&str]) -> anyhow::Result<f64> {
     let mut seconds = Vec::new();
     for _ in 0..3 {
-        let mut dd = Command::new("dd");
-        dd.args(["iflag=direct", "bs=4M", "of=/dev/null"]).arg(format!("if={}", path.display()));
-        seconds.push(timed(&dd)?.seconds);
+        settle()?;
+        seconds.push(timed(Command::new("dd").arg("bs=4M").args(arguments))?.seconds);
     }
-    Ok((SAMPLE_MIB * MIB) as f64 / median(&seconds))
+    Ok(bytes as f64 / median(&seconds))
 }
 
 fn sync_time(beside: &Path) -> anyhow::Result<f64> {

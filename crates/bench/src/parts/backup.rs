@@ -33,12 +33,12 @@ enum Tool {
 impl Tool {
     const fn name(self) -> &'static str {
         match self {
-            Tool::Ours => "ours",
-            Tool::Restic => "restic",
-            Tool::Borg => "borg",
-            Tool::Rustic => "rustic",
-            Tool::QemuImg => "qemu-img",
-            Tool::NbdCopy => "nbdcopy",
+            Self::Ours => "ours",
+            Self::Restic => "restic",
+            Self::Borg => "borg",
+            Self::Rustic => "rustic",
+            Self::QemuImg => "qemu-img",
+            Self::NbdCopy => "nbdcopy",
         }
     }
 }
@@ -87,7 +87,7 @@ struct Bench<'a> {
     folder: &'a Folder,
     sites: &'a Sites,
     daemon: &'a StorageDaemon,
-    /// Tool::Ours, one for each run.
+    /// Ours, one for each run.
     repositories: &'a [PathBuf],
     restic: Restic,
     borg: Borg,

@@ -138,10 +138,15 @@ impl Sites {
         Ok(self.replica.command(&arguments)?)
     }
 
+    /// The most memory that each site has used, in MB.
+    pub fn peaks(&self) -> anyhow::Result<[(&'static str, f64); 2]> {
+        let peak = |site: &Site| peak_mb(site.pid().context("the site does not run")?);
+        Ok([("primary", peak(&self.primary)?), ("replica", peak(&self.replica)?)])
+    }
+
     /// The rows of both sites' memory, and of other peaks in MB.
     pub fn memory(&self, part: &str, others: &[(&str, &[f64])], table: &mut Table) -> anyhow::Result<()> {
-        for (what, site) in [("primary", &self.primary), ("replica", &self.replica)] {
-            let peak = peak_mb(site.pid().context("the site does not run")?)?;
+        for (what, peak) in self.peaks()? {
             table.figure(format!("{part}: peak memory, {what}'s site"), peak, "MB", Some(MEMORY));
         }
         for (what, peaks) in others {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{Folder, PATIENCE, Sites};
 use crate::image::Random;
-use crate::measure::{cpu_seconds, largest, median, peak_mb};
+use crate::measure::{cpu_seconds, largest, median};
 use crate::table::{Table, Wanted};
 use crate::{Arguments, say};
 
@@ -200,7 +200,6 @@ fn numbers(status: &Value, key: &str) -> anyhow::Result<Vec<f64>> {
     vms.iter().map(|vm| vm[key].as_f64().with_context(|| format!("no {key} of {vm}"))).collect()
 }
 
-#[allow(clippy::too_many_arguments, reason = "all that was seen")]
 fn rows(
     vms: usize,
     before: &Standing,
@@ -240,8 +239,7 @@ fn rows(
         row(&format!("processor time of a cycle, {what}"), (after - before) / all * 1e3, "ms", None);
         row(&format!("share of one core, {what}"), (after - before) / elapsed_s * 100.0, "%", None);
     }
-    for (what, site) in [("primary", &sites.primary), ("replica", &sites.replica)] {
-        let peak = peak_mb(site.pid().context("the site does not run")?)?;
+    for (what, peak) in sites.peaks()? {
         row(&format!("peak memory, {what}'s site"), peak, "MB", wanted(500.0));
     }
     Ok(())
