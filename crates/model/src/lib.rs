@@ -13,12 +13,15 @@
 //! What it does not do: I/O, persistence, choosing bytes (that is `chain`).
 
 mod backoff;
+pub mod backup;
 mod base;
+pub mod bitmaps;
 mod consistency;
 mod cycle;
 pub mod gate;
 mod health;
 mod ids;
+pub mod job;
 mod phase;
 mod retry;
 mod time;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use model::bitmaps::{at_moment, judge_repairable};
 use model::{DiskName, LogNumber, Timestamp, Tracking};
 use serde_json::{Value, json};
 use steps::durable_step;
@@ -20,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::agent::{AgentError, GuestAgent};
-use crate::bitmaps::{self, Step, action};
+use crate::bitmaps::{self, action};
 use crate::disks::Disk;
 use crate::error::Error;
 use crate::freeze::{Freeze, FreezeLimits};
@@ -294,14 +295,8 @@ fn inspect_repairable(
     base: LogNumber,
 ) -> Tracking {
     for disk in &request.disks {
-        let mut found = bitmaps::ours(graph, vm.names(), disk);
-        let steps = bitmaps::repair(&found, Some(base));
-        if steps.contains(&Step::Enable(base)) {
-            found.iter_mut().filter(|bitmap| bitmap.k == base).for_each(|bitmap| bitmap.recording = true);
-        }
-        if !steps.contains(&Step::Add(base))
-            && let Err(why) = bitmaps::judge(disk, &found, base)
-        {
+        let found = bitmaps::ours(graph, vm.names(), disk);
+        if let Err(why) = judge_repairable(&disk.name, &found, base) {
             return Tracking::Broken(why);
         }
     }
@@ -361,8 +356,8 @@ fn actions(vm: &Vm, request: &CaptureRequest) -> Vec<Value> {
         actions.push(json!({"type": "blockdev-backup", "data": data}));
     }
     for disk in &request.disks {
-        actions.push(action(names, disk, Step::Add(request.next)));
-        actions.extend(request.base.map(|base| action(names, disk, Step::Disable(base))));
+        actions
+            .extend(at_moment(request.base, request.next).into_iter().map(|step| action(names, disk, step)));
     }
     actions
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use model::bitmaps::{Ours, after_durable, after_failure};
 use model::{LogNumber, Tracking, VmId};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, OwnedMutexGuard};
@@ -147,8 +148,8 @@ impl Vm {
     ) -> Result<(), Error> {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
-        let is_old = |k| base == Some(k) && k != next;
-        bitmaps::remove(&self.inner.qmp, &graph, &self.inner.names, disks, is_old).await
+        let steps = |found: &[Ours]| after_durable(found, base, next);
+        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
     }
 
     /// Gives the changes of a cycle that failed back: bitmap `base` is again what changed since its moment;
@@ -161,11 +162,8 @@ impl Vm {
     ) -> Result<(), Error> {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
-        let names = &self.inner.names;
-        match base {
-            Some(base) => bitmaps::repair_all(&self.inner.qmp, &graph, names, disks, Some(base)).await,
-            None => bitmaps::remove(&self.inner.qmp, &graph, names, disks, |k| k == next).await,
-        }
+        let steps = |found: &[Ours]| after_failure(found, base, next);
+        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
     }
 
     /// Removes every leftover of an earlier run, wherever it was cut off, and, if `since` is given, makes
@@ -185,7 +183,7 @@ impl Vm {
     pub async fn stop_tracking(&self, disks: &[Disk]) -> Result<(), Error> {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
-        bitmaps::remove(&self.inner.qmp, &graph, &self.inner.names, disks, |_| true).await?;
+        bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, None).await?;
         if matches!(self.inner.nbd, NbdAccess::Own(_)) {
             nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
         }

@@ -1,12 +1,7 @@
 //! Backup jobs: each refusal, each next attempt and the outcome are in the catalog before anything waits, so
 //! that a job comes home whatever happens to the process.
 //!
-//! ```text
-//!  asked for ──▶ waiting ──at its time──▶ running ──▶ done
-//!                  ▲                        │ refused: written down; again later, or with the barrier
-//!                  └────────────────────────┤
-//!                                           └──▶ failed (refused for good, attempts or window used up, an error)
-//! ```
+//! What becomes of a job after each attempt, `model::job` says.
 //!
 //! A job that was running when the site was killed is waiting when it starts again: a backup that was cut
 //! off leaves nothing in the repository.
@@ -18,7 +13,8 @@ use std::time::Duration;
 use catalog::column::{json, to_json};
 use catalog::{Catalog, params, rusqlite};
 use model::gate::Refusal;
-use model::{Attempt, GiveUp, RetryDecision, RetryPolicy, Timestamp, human_duration};
+use model::job::{Bounds, Next, Outcome};
+use model::{Attempt, GiveUp, RetryPolicy, Timestamp, human_duration};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use steps::durable_step;
@@ -173,7 +169,7 @@ impl<A: Attempts> Jobs<A> {
     pub fn start(self: &Arc<Self>) -> Result<(), Failure> {
         for mut job in self.list()?.into_iter().filter(|job| job.outcome().is_none()) {
             if matches!(job.state, State::Running { .. }) {
-                job.state = State::Waiting { at: now(), barrier: false };
+                job.state = self.state_after(&job, model::job::after_restart(now()));
             }
             self.spawn(job, None);
         }
@@ -238,7 +234,7 @@ impl<A: Attempts> Jobs<A> {
             if self.stop.is_cancelled() && outcome.is_err() {
                 return; // the catalog says "running": the next start goes on
             }
-            self.settle(&mut job, outcome, reporter).await;
+            self.settle(&mut job, outcome, reporter);
             if !self.save(&job).await {
                 return;
             }
@@ -249,41 +245,41 @@ impl<A: Attempts> Jobs<A> {
         changed.send_replace(job);
     }
 
-    async fn settle(&self, job: &mut Job, outcome: Result<Value, NoBackup>, reporter: Option<&Reporter>) {
-        job.state = match outcome {
-            Ok(mut report) => {
+    fn settle(&self, job: &mut Job, outcome: Result<Value, NoBackup>, reporter: Option<&Reporter>) {
+        let outcome = match outcome {
+            Ok(report) => Outcome::Done(report),
+            Err(NoBackup::Failed(failure)) => Outcome::Failed(failure),
+            Err(NoBackup::Refused(refusal)) => Outcome::Refused(refusal),
+        };
+        let no_retry = job.request.no_retry;
+        let bounds = Bounds { policy: &self.policy, deadline: job.deadline, no_retry };
+        let next = model::job::settle(&mut job.attempts, outcome, bounds, now(), chance());
+        if let (Next::Again { at, barrier }, Some(last), Some(reporter)) =
+            (&next, job.attempts.last(), reporter)
+        {
+            let wait = human_duration(at.since(now()));
+            let how = if *barrier { ", with applies held off" } else { "" };
+            reporter.progress(format!("refused: {}; again in {wait}{how}", last.refused), 0, 0);
+        }
+        job.state = self.state_after(job, next);
+    }
+
+    fn state_after(&self, job: &Job, next: Next<Value, Failure>) -> State {
+        match next {
+            Next::Done(mut report) => {
                 report["attempts"] = attempts_shown(&job.attempts);
                 State::Done { report }
             }
-            Err(NoBackup::Failed(failure)) => State::Failed { failure },
-            Err(NoBackup::Refused(refusal)) => {
-                job.attempts.push(Attempt { at: now(), refused: refusal.condition });
-                self.after_refusal(job, &refusal, reporter)
-            }
-        };
-    }
-
-    fn after_refusal(&self, job: &Job, refusal: &Refusal, reporter: Option<&Reporter>) -> State {
-        if job.request.no_retry {
-            return State::Failed { failure: refusal.into() };
-        }
-        let decision = self.policy.decide(&job.attempts, refusal, Some(job.deadline), now(), chance());
-        match decision {
-            RetryDecision::Again { at, barrier } => {
-                if let Some(reporter) = reporter {
-                    let wait = human_duration(at.since(now()));
-                    let how = if barrier { ", with applies held off" } else { "" };
-                    reporter.progress(format!("refused: {}; again in {wait}{how}", refusal.condition), 0, 0);
-                }
-                State::Waiting { at, barrier }
-            }
-            RetryDecision::GiveUp(why) => {
+            Next::Failed(failure) => State::Failed { failure },
+            Next::Again { at, barrier } => State::Waiting { at, barrier },
+            Next::Refused(refusal, None) => State::Failed { failure: (&refusal).into() },
+            Next::Refused(refusal, Some(why)) => {
                 let why = match why {
                     GiveUp::Attempts => format!("after {} attempts", job.attempts.len()),
                     GiveUp::Deadline => format!("because its window of {} ends", human_duration(self.window)),
                 };
                 let message = format!("the backup of {} was given up {why}: {refusal}", job.request.vm);
-                let refused = Failure::from(refusal);
+                let refused = Failure::from(&refusal);
                 State::Failed { failure: Failure { code: Code::GaveUp, message, ..refused } }
             }
         }

@@ -30,13 +30,8 @@ impl Opened {
     /// The newest of these backups that an incremental one can build on: of a point that this very chain
     /// went through, not newer than the one that is shown.
     pub fn choose_parent(&mut self, backups: Vec<BackupInfo>) -> Result<Option<BackupInfo>, Failure> {
-        let mut newest: Option<BackupInfo> = None;
-        for backup in backups {
-            let newer = newest.as_ref().is_none_or(|best| backup.point.number >= best.point.number);
-            if newer && self.view.knows_changes_since(backup.point.id)? {
-                newest = Some(backup);
-            }
-        }
+        let knows = |id| self.view.knows_changes_since(id);
+        let newest = model::backup::choose_parent(backups, |backup| backup.point, knows)?;
         self.parent = newest.as_ref().map(|backup| backup.point);
         Ok(newest)
     }

@@ -8,8 +8,7 @@
 //!
 //! Every arrow is a bounded queue, so memory is: chunks being worked on, one pack being filled and two being
 //! written, and each disk's list of chunks. The first error stops everything. The order at the end is what
-//! invariant 7 rests on: chunks, list, index durable; the view still valid; our lock still there; and only
-//! then the snapshot file.
+//! invariant 7 rests on; `model::backup` keeps it.
 
 mod packer;
 mod plan;
@@ -19,6 +18,7 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
+use model::backup::{Closing, close};
 use model::{PointInfo, Timestamp, VmId, VmName};
 
 use crate::Repository;
@@ -105,40 +105,20 @@ impl Repository {
 
         let packer = Packer::new(&self.store, &self.index);
         let run = Run::new(source, &plans, &packer, cancel)?;
-        let (disks, tree) =
-            run.execute(progress, &|run, full| self.finish_blobs(run, source, &meta, made_at, full))?;
-        packer.write_index()?;
-
-        source.still_valid().map_err(|why| Error::Revoked { why })?;
-        run.check_cancel()?;
-        if !lock.is_held() {
-            return Err(Error::LockLost { path: self.path().to_owned() });
-        }
-        let counts = run.counts();
-        let mut backup = BackupInfo {
-            id: BackupId(tree),
-            vm: meta.vm,
-            vm_name: meta.vm_name,
-            point: meta.point,
-            made_at,
-            disks,
+        let ending = Ending {
+            repository: self,
+            source,
+            run,
+            packer: &packer,
+            lock: &lock,
+            meta,
             parent: parent.map(|parent| parent.id),
-            bytes_read: counts.read_bytes,
-            bytes_added: packer.bytes_added(),
-            seconds: began.elapsed().as_secs_f64(),
-            tree,
+            progress,
+            began,
+            made_at,
+            stored: None,
         };
-        backup.id = self.list_backup(&backup, &packer, counts.chunks_added)?;
-        Ok(BackupReport {
-            bytes_read: backup.bytes_read,
-            bytes_added: backup.bytes_added,
-            chunks: backup.disks.iter().map(|disk| disk.chunks).sum(),
-            chunks_read: counts.chunks_read,
-            chunks_added: counts.chunks_added,
-            incremental_disks: plans.iter().filter(|plan| plan.incremental).count(),
-            seconds: began.elapsed().as_secs_f64(),
-            backup,
-        })
+        close(ending)
     }
 
     /// When all chunks are packed: the definition, the manifest and the tree that names everything.
@@ -262,6 +242,80 @@ fn manifest_of(meta: &BackupMeta, made_at: Timestamp, disks: Vec<BackupDisk>) ->
         consistency: meta.point.consistency,
         made_at,
         disks,
+    }
+}
+
+/// A backup while it is made; the order of its end is `model::backup`'s.
+struct Ending<'a> {
+    repository: &'a Repository,
+    source: &'a dyn Source,
+    run: Run<'a>,
+    packer: &'a Packer<'a>,
+    lock: &'a Lock,
+    meta: BackupMeta,
+    parent: Option<BackupId>,
+    progress: &'a dyn Fn(Progress),
+    began: Instant,
+    made_at: Timestamp,
+    /// The disks and the tree, once they are durable.
+    stored: Option<(Vec<BackupDisk>, Id)>,
+}
+
+impl Closing for Ending<'_> {
+    type Error = Error;
+    type Listed = BackupReport;
+
+    fn store(&mut self) -> Result<(), Error> {
+        let last = |run: &Run<'_>, full: &mut dyn FnMut(PackBuilder) -> Result<(), Error>| {
+            self.repository.finish_blobs(run, self.source, &self.meta, self.made_at, full)
+        };
+        self.stored = Some(self.run.execute(self.progress, &last)?);
+        Ok(())
+    }
+
+    fn index(&mut self) -> Result<(), Error> {
+        self.packer.write_index()
+    }
+
+    fn check_source(&mut self) -> Result<(), Error> {
+        self.source.still_valid().map_err(|why| Error::Revoked { why })
+    }
+
+    fn check_run(&mut self) -> Result<(), Error> {
+        self.run.check_cancel()?;
+        if self.lock.is_held() {
+            return Ok(());
+        }
+        Err(Error::LockLost { path: self.repository.path().to_owned() })
+    }
+
+    fn list(self) -> Result<BackupReport, Error> {
+        let (disks, tree) = self.stored.ok_or(Error::Cancelled)?;
+        let counts = self.run.counts();
+        let mut backup = BackupInfo {
+            id: BackupId(tree),
+            vm: self.meta.vm,
+            vm_name: self.meta.vm_name,
+            point: self.meta.point,
+            made_at: self.made_at,
+            disks,
+            parent: self.parent,
+            bytes_read: counts.read_bytes,
+            bytes_added: self.packer.bytes_added(),
+            seconds: self.began.elapsed().as_secs_f64(),
+            tree,
+        };
+        backup.id = self.repository.list_backup(&backup, self.packer, counts.chunks_added)?;
+        Ok(BackupReport {
+            bytes_read: backup.bytes_read,
+            bytes_added: backup.bytes_added,
+            chunks: backup.disks.iter().map(|disk| disk.chunks).sum(),
+            chunks_read: counts.chunks_read,
+            chunks_added: counts.chunks_added,
+            incremental_disks: self.run.plans.iter().filter(|plan| plan.incremental).count(),
+            seconds: self.began.elapsed().as_secs_f64(),
+            backup,
+        })
     }
 }
 
