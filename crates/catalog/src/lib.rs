@@ -76,9 +76,24 @@ pub struct Catalog {
 enum Writer {
     /// On a thread of their own, those together that wait together.
     Thread(mpsc::Sender<Change>),
-    /// Where they are asked for, one by one, on the connection that is read from too.
-    Caller,
+    /// Where they are asked for, one by one, on the connection that is read from too; the guard says what becomes
+    /// of each.
+    Caller(Guard),
 }
+
+/// What becomes of a change of a catalog in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is made.
+    Kept,
+    /// It is not made, as when the process dies before its commit.
+    Lost,
+    /// It is made and its caller never hears of it, as when the process dies after its commit.
+    KeptUnheard,
+}
+
+/// Says what becomes of the next change.
+type Guard = Arc<dyn Fn() -> Fate + Send + Sync>;
 
 impl Catalog {
     /// Opens the catalog at `path`, making it if it is not there, and starts its writer.
@@ -105,13 +120,19 @@ impl Catalog {
     /// that asks for them, so the same calls in the same order have the same outcome. A query within a
     /// [`Catalog::read`] must not make a change: there is one connection.
     pub fn in_memory() -> Result<Self, Error> {
+        Self::in_memory_guarded(|| Fate::Kept)
+    }
+
+    /// The same for a world in which processes die: `guard` is asked at each change what becomes of it.
+    pub fn in_memory_guarded(guard: impl Fn() -> Fate + Send + Sync + 'static) -> Result<Self, Error> {
         let path = PathBuf::from(":memory:");
         let opened = Connection::open_in_memory().and_then(|connection| {
             connection.pragma_update(None, "foreign_keys", true)?;
             Ok(connection)
         });
         let reader = opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
-        Ok(Self { path: Arc::new(path), writer: Writer::Caller, reader: Arc::new(Mutex::new(reader)) })
+        let writer = Writer::Caller(Arc::new(guard));
+        Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)) })
     }
 
     /// Brings `owner`'s tables to the newest of `migrations` (each one or more SQL statements).
@@ -181,9 +202,13 @@ impl Catalog {
         });
         match &self.writer {
             Writer::Thread(writer) => writer.send(job).map_err(|_| self.closed()),
-            Writer::Caller => {
-                commit(&mut self.connection(), vec![job], &self.path);
-                Ok(())
+            Writer::Caller(guard) => {
+                let fate = guard();
+                if fate != Fate::Lost {
+                    let job = if fate == Fate::Kept { job } else { unheard(job) };
+                    commit(&mut self.connection(), vec![job], &self.path);
+                }
+                if fate == Fate::Kept { Ok(()) } else { Err(self.closed()) }
             }
         }
     }
@@ -240,6 +265,14 @@ fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path) {
     for answer in answers {
         answer(committed.as_ref().copied().map_err(again));
     }
+}
+
+/// A change whose caller is not told how it went.
+fn unheard(change: Change) -> Change {
+    Box::new(move |tx| {
+        drop(change(tx));
+        Box::new(|_| ())
+    })
 }
 
 /// The failure of a commit, for each of the changes that shared it.

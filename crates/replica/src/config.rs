@@ -8,6 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use model::{HealthThresholds, Timestamp};
 
+use crate::layers::Layers;
+
 /// Where the store reads the time; tests bring their own.
 #[derive(Clone)]
 pub struct Clock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
@@ -106,6 +108,8 @@ pub struct Config {
     pub clock: Clock,
     /// Where the names of holds come from.
     pub chance: Chance,
+    /// Who makes the writable layers of a failover. Default `qemu-img`.
+    pub layers: Layers,
 }
 
 impl Config {
@@ -128,6 +132,7 @@ impl Config {
             files: Arc::new(files::Os),
             clock: Clock::system(),
             chance: Chance::system(),
+            layers: Layers::qemu_img(),
         }
     }
 }

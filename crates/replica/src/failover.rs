@@ -6,13 +6,10 @@
 //!                                                                     cancel: phase back, layers removed
 //! ```
 //!
-//! `qemu-img` makes the layers, so a failover needs the operating system's files.
-//!
 //! While it lasts nothing is received, applied or merged. After a cancel the base equals P, and the chain goes
 //! on with the logs after it.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use model::{ApplyState, DiskName, LogNumber, Phase, VmId};
 use steps::durable_step;
@@ -41,7 +38,7 @@ impl Store {
     /// before that one are given up. Called again for the same point, it carries on where it was cut off.
     pub fn failover_begin(&self, vm: VmId, point: LogNumber) -> Result<Vec<FailoverDisk>> {
         // Before anything is given up: without it there is nothing to start from.
-        qemu_img(&["--version".as_ref()])?;
+        self.inner.config.layers.check()?;
         let vm = self.vm(vm)?;
         let _work = vm.work();
         self.mark_failover(&vm, point)?;
@@ -109,10 +106,7 @@ impl Store {
         folder.files.remove_folder(&folder.failover())?;
         folder.files.make_folder(&folder.failover())?;
         for disk in self.failover_disks(vm.id)? {
-            let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(AsRef::as_ref);
-            let size = disk.size_bytes.to_string();
-            let paths = [disk.base.as_os_str(), disk.overlay.as_os_str(), size.as_ref()];
-            qemu_img(&[&options[..], &paths[..]].concat())?;
+            self.inner.config.layers.make(&disk.base, &disk.overlay, disk.size_bytes)?;
             durable_step("replica::failover::layered");
             let overlay = folder.files.open_read(&disk.overlay)?;
             overlay.sync_all().map_err(Error::io("syncing", &disk.overlay))?;
@@ -175,13 +169,4 @@ impl Store {
         self.wake(vm.id);
         removed
     }
-}
-
-fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<()> {
-    let failed = |why| Error::Program { program: "qemu-img", why };
-    let output = Command::new("qemu-img").args(args).output().map_err(|error| failed(error.to_string()))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
