@@ -61,6 +61,8 @@ pub struct Relationship<P: Ports> {
     pub(crate) limiter: Option<RateLimiter>,
     guest: Option<Arc<P::Guest>>,
     next_at: Timestamp,
+    /// When that was decided: a clock that shows less than this has been set back.
+    booked_at: Timestamp,
     last_cycle: Option<CycleReport>,
     outcomes: VecDeque<bool>,
     sent_bytes: u64,
@@ -98,6 +100,7 @@ impl<P: Ports> Relationship<P> {
         let stopper = Stopper::default();
         Self {
             next_at: shared.now(),
+            booked_at: shared.now(),
             limiter: row.settings.bandwidth_bytes_per_s.map(RateLimiter::new),
             status: Arc::new(Mutex::new(VmStatus::starting(&row))),
             row,
@@ -126,7 +129,10 @@ impl<P: Ports> Relationship<P> {
     /// How long until a cycle is due by itself; none while it is not.
     pub fn due_in(&self) -> Option<Duration> {
         let blocked = self.row.paused || self.row.error.as_ref().is_some_and(|failure| !failure.transient);
-        (!blocked).then(|| self.next_at.since(self.shared.now()))
+        let now = self.shared.now();
+        // Whoever sets a clock back by a day must not stop replication for a day.
+        let left = if now < self.booked_at { Duration::ZERO } else { self.next_at.since(now) };
+        (!blocked).then_some(left)
     }
 
     /// Asks a VM that is connected how much has changed since the last cycle.
@@ -168,7 +174,7 @@ impl<P: Ports> Relationship<P> {
     pub async fn resume(&mut self) -> Result<(), Failure> {
         self.row.error = None;
         self.row.failures = 0;
-        self.next_at = self.shared.now();
+        self.book(Duration::ZERO);
         self.set_paused(false).await
     }
 
@@ -237,7 +243,7 @@ impl<P: Ports> Relationship<P> {
                 self.last_cycle = Some(report.clone());
                 // A pass goes on at once. A cycle that took longer than its interval is not made up for.
                 let pause = if report.point.is_some() { interval } else { Duration::ZERO };
-                self.next_at = started.plus(pause).max(now);
+                self.book(pause.saturating_sub(now.since(started)));
             }
             Err(failure) => {
                 tracing::warn!(vm = %self.row.name, error = %failure, "a cycle failed");
@@ -251,10 +257,10 @@ impl<P: Ports> Relationship<P> {
                     _ => false,
                 };
                 if at_once {
-                    self.next_at = now;
+                    self.book(Duration::ZERO);
                 } else {
                     self.row.failures += 1;
-                    self.next_at = now.plus(self.shared.config.backoff.delay(self.row.failures));
+                    self.book(self.shared.config.backoff.delay(self.row.failures));
                 }
                 if !failure.transient {
                     self.tell_replica().await;
@@ -266,6 +272,12 @@ impl<P: Ports> Relationship<P> {
             tracing::error!(vm = %self.row.name, %error, "the cycle could not be written down");
         }
         durable_step("primary::cycle::settled");
+    }
+
+    /// The next cycle is due after this time.
+    fn book(&mut self, wait: Duration) {
+        self.booked_at = self.shared.now();
+        self.next_at = self.booked_at.plus(wait);
     }
 
     /// Tells the replica's site where we stand, as far as it can be reached.
