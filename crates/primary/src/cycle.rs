@@ -242,6 +242,8 @@ impl<P: Ports> Relationship<P> {
         let started = Instant::now();
         let stop = self.stop.clone();
         let (items, received) = mpsc::channel::<Item>(QUEUE_RECORDS);
+        let nodes = self.row.nodes();
+        let sizes: Vec<u64> = self.row.disks.iter().map(|disk| disk.size_bytes).collect();
         let cycle = Cycle {
             ports: &self.shared.ports,
             remote: &remote,
@@ -262,6 +264,7 @@ impl<P: Ports> Relationship<P> {
         let mut reading = Duration::ZERO;
         let read = async {
             let open = capture.as_ref().expect("it is taken only after reading");
+            check_sizes(&vm.resolve(&nodes).await?, &sizes)?;
             let readers = open.readers().await?;
             let reader = Reader {
                 disks: &readers,
@@ -352,6 +355,18 @@ fn arrived_phase(before: &Phase, attempt: &LogAttempt, status: &RelationshipStat
             Phase::InitialReplication { .. } | Phase::Resynchronizing { .. } | Phase::ResyncRequired { .. },
         ) => status.phase.clone(),
         _ => before.clone(),
+    }
+}
+
+/// A disk may have been resized after it was looked at and before the moment was fixed; then the log would lie. Once
+/// the moment is fixed QEMU lets nobody resize it.
+fn check_sizes<D: Disk>(now: &[D], known: &[u64]) -> Result<(), Failure> {
+    match now.iter().map(Disk::known).zip(known).find(|(disk, known)| disk.size_bytes != **known) {
+        None => Ok(()),
+        Some((disk, _)) => {
+            let message = format!("disk {} was resized just before the moment was fixed", disk.name);
+            Err(Failure::transient(FailureCode::Qemu, message))
+        }
     }
 }
 
