@@ -91,7 +91,7 @@ impl<P: Ports> Relationship<P> {
             }
             Err(failure) => {
                 // The fate of the last log may be unknown: keep every change since the last known one.
-                if let Err(error) = vm.give_back(&disks, base, plan.next).await {
+                if let Err(error) = vm.give_back(&disks, base).await {
                     tracing::warn!(vm = %self.row.name, %error, "the bitmaps are merged when the next cycle starts");
                 }
                 Err(failure)

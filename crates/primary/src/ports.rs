@@ -121,13 +121,12 @@ pub trait Guest: Send + Sync + 'static {
         next: LogNumber,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
-    /// Gives the changes of a cycle that failed back: `next` is merged into `base`, which records again;
-    /// without a `base`, `next` goes.
+    /// Gives the changes of a cycle that failed back: `next` is merged into `base`, which records again.
+    /// Without a `base` everything stays: the log may have arrived after all, and then `next` is what is needed.
     fn give_back(
         &self,
         disks: &[Self::Disk],
         base: Option<LogNumber>,
-        next: LogNumber,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Removes every leftover of an earlier run, wherever it was cut off, and makes bitmap `since` the only one:

@@ -146,13 +146,8 @@ impl Guest for QemuGuest {
         self.vm.commit(disks, base, next).await.map_err(qemu_failure)
     }
 
-    async fn give_back(
-        &self,
-        disks: &[qemu::Disk],
-        base: Option<LogNumber>,
-        next: LogNumber,
-    ) -> Result<(), Failure> {
-        self.vm.give_back(disks, base, next).await.map_err(qemu_failure)
+    async fn give_back(&self, disks: &[qemu::Disk], base: Option<LogNumber>) -> Result<(), Failure> {
+        self.vm.give_back(disks, base).await.map_err(qemu_failure)
     }
 
     async fn cleanup(&self, disks: &[qemu::Disk], since: Option<LogNumber>) -> Result<(), Failure> {

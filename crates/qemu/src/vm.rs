@@ -152,17 +152,12 @@ impl Vm {
         bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
     }
 
-    /// Gives the changes of a cycle that failed back: bitmap `base` is again what changed since its moment;
-    /// without one, `next` goes.
-    pub async fn give_back(
-        &self,
-        disks: &[Disk],
-        base: Option<LogNumber>,
-        next: LogNumber,
-    ) -> Result<(), Error> {
+    /// Gives the changes of a cycle that failed back: bitmap `base` is again what changed since its moment. Without
+    /// one everything stays as it is: the log may have arrived after all.
+    pub async fn give_back(&self, disks: &[Disk], base: Option<LogNumber>) -> Result<(), Error> {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
-        let steps = |found: &[Ours]| after_failure(found, base, next);
+        let steps = |found: &[Ours]| after_failure(found, base);
         bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
     }
 

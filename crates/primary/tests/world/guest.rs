@@ -213,18 +213,10 @@ impl ports::Guest for Guest {
         Ok(())
     }
 
-    async fn give_back(
-        &self,
-        _disks: &[KnownDisk],
-        base: Option<LogNumber>,
-        next: LogNumber,
-    ) -> Result<(), Failure> {
+    async fn give_back(&self, _disks: &[KnownDisk], base: Option<LogNumber>) -> Result<(), Failure> {
         self.alive()?;
         for disk in &mut self.world.lock().vm.disks {
-            match base {
-                Some(base) => disk.repair(base),
-                None => drop(disk.bitmaps.remove(&next)),
-            }
+            base.into_iter().for_each(|base| disk.repair(base));
         }
         Ok(())
     }

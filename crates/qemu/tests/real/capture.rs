@@ -36,7 +36,7 @@ async fn a_moment_stays_what_it_was_and_bitmaps_say_what_changed() {
     a.fill(1, 3);
     assert_eq!(bitmaps(vm.qmp(), "a").await, [format!("{PREFIX}-1"), format!("{PREFIX}-2")]);
     vm.end_reading(capture).await.unwrap();
-    vm.give_back(&disks, Some(LogNumber(1)), LogNumber(2)).await.unwrap();
+    vm.give_back(&disks, Some(LogNumber(1))).await.unwrap();
     assert_eq!(bitmaps(vm.qmp(), "a").await, [format!("{PREFIX}-1")]);
     assert_eq!(vm.inspect(&disks, LogNumber(1)).await.unwrap(), Tracking::Intact);
 
@@ -55,7 +55,7 @@ async fn a_moment_stays_what_it_was_and_bitmaps_say_what_changed() {
     let capture = vm.begin_capture(process.request(&disks, Some(2), 3)).await.unwrap();
     b.fill(9, 5);
     drop(capture);
-    vm.give_back(&disks, Some(LogNumber(2)), LogNumber(3)).await.unwrap();
+    vm.give_back(&disks, Some(LogNumber(2))).await.unwrap();
     vm.cleanup(&disks, Some(LogNumber(3))).await.unwrap();
     assert_eq!(vm.inspect(&disks, LogNumber(3)).await.unwrap(), Tracking::Intact);
     let capture = vm.begin_capture(process.request(&disks, Some(3), 4)).await.unwrap();

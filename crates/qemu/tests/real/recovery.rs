@@ -35,7 +35,7 @@ async fn cycle(
         replica.clone_from_slice(&copy);
         return (true, vm.commit(disks, Some(base), next).await);
     }
-    (false, vm.give_back(disks, Some(base), next).await)
+    (false, vm.give_back(disks, Some(base)).await)
 }
 
 async fn each_command_with(fault: Fault) {
