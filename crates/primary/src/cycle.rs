@@ -124,8 +124,10 @@ impl<P: Ports> Relationship<P> {
                 return Err(self.require_resync(why).await?);
             }
         }
-        if let (Phase::ResyncRequired { why }, Phase::Replicating | Phase::InitialReplication { .. }) =
-            (&status.phase, &self.row.phase)
+        if let (
+            Phase::ResyncRequired { why },
+            Phase::Replicating | Phase::InitialReplication { .. } | Phase::Resynchronizing { .. },
+        ) = (&status.phase, &self.row.phase)
         {
             let why = why.clone();
             return Err(self.require_resync(why).await?);

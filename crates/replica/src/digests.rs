@@ -31,7 +31,29 @@ impl Store {
         if !BLOCK_BYTES.contains(&block_bytes) || len > LEN_MAX || offset.checked_add(len).is_none() {
             return Err(Error::busy(vm.id, "digests of such blocks or of so many bytes are not given"));
         }
-        let newest = self.newest(&vm)?;
+        match self.digests_of(&vm, disk, offset, len, block_bytes) {
+            // Else the compare that would make it good comes to the same log again and again.
+            Err(Error::Damaged { path, source }) => {
+                self.check_damage(&vm, &path)?;
+                let why = format!(
+                    "the log {} is damaged ({source}); the compare goes on without it",
+                    path.display()
+                );
+                Err(Error::busy(vm.id, why))
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn digests_of(
+        &self,
+        vm: &std::sync::Arc<crate::vm::Vm>,
+        disk: &DiskName,
+        offset: u64,
+        len: u64,
+        block_bytes: u64,
+    ) -> Result<Vec<[u8; 16]>> {
+        let newest = self.newest(vm)?;
         let reader = &newest.reader;
         let known = reader.disks().iter().any(|known| known.name == *disk);
         let data = if known { reader.data_extents(disk, offset..offset + len)? } else { Vec::new() };

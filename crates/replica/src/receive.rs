@@ -355,7 +355,13 @@ pub(crate) fn check_continues(state: &State, header: &Header) -> Result<()> {
     let fits = match header.purpose {
         Purpose::Initial => matches!(doc.phase, Phase::InitialReplication { .. }),
         Purpose::Changes => matches!(doc.phase, Phase::Replicating),
-        Purpose::Resync => true,
+        // After a loss a pass that had begun is worth nothing: it has to be begun anew, and the primary's own word
+        // that it must resynchronize, which comes before it compares, shows that it knows.
+        Purpose::Resync => {
+            !matches!(doc.phase, Phase::ResyncRequired { .. })
+                || doc.damage.is_none()
+                || matches!(doc.reported.phase, Phase::ResyncRequired { .. })
+        }
     };
     if fits {
         return Ok(());

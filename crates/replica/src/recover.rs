@@ -121,6 +121,8 @@ impl Store {
         let mut row = state.row.clone();
         let doc = &mut row.doc;
         doc.damage = Some(why.to_owned());
+        // Whatever the primary has compared, it has compared with what was here before: see `check_continues`.
+        doc.reported.phase = Phase::Replicating;
         let phase = Phase::ResyncRequired { why: ResyncReason::ChainBroken(why.to_owned()) };
         match &mut doc.failover {
             Some(failover) => failover.before = phase,
