@@ -61,6 +61,7 @@ impl Store {
     }
 
     fn step(&self, vm: &Vm) -> Result<Step> {
+        self.tidy_migration(vm)?;
         let decision = self.decide(vm)?;
         match decision {
             Decision::Nothing => Ok(Step::Idle),

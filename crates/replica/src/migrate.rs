@@ -85,13 +85,27 @@ impl Store {
         if state.row.doc.migrating.is_none() {
             return Ok(()); // it was switched; only the old folder is still to go
         }
-        target.files.remove_folder(&target.path)?;
+        // First it is written down, then the copy goes: whatever fails here must not stop replication.
         let mut row = state.row.clone();
         row.doc.migrating = None;
+        row.doc.leftover = Some(target.path.clone());
         durable_step("replica::migrate::giving-up");
         self.commit_row(&mut state, row)?;
         durable_step("replica::migrate::given-up");
-        Ok(())
+        drop(state);
+        self.remove_leftover(vm)
+    }
+
+    /// Ends what a move has left whose end failed too. Under the VM's `work` lock: no move is under way.
+    pub(crate) fn tidy_migration(&self, vm: &Vm) -> Result<()> {
+        let (migrating, folder) = {
+            let state = vm.live()?;
+            (state.row.doc.migrating.clone(), state.folder())
+        };
+        match migrating {
+            Some(migrating) => self.give_up_migration(vm, &Folder { path: migrating.to, ..folder }),
+            None => self.remove_leftover(vm),
+        }
     }
 
     /// Removes the folder that a VM has moved out of.
