@@ -2,10 +2,12 @@
 # missing on a Debian 12 machine first (as root, or through sudo).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test check soak bench fleet setup setup-test setup-bench build install
+.PHONY: demo test check soak mutants bench fleet setup setup-test setup-bench build install
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
+# The simulated worlds of a soak.
+SEEDS ?= 0..1000000
 
 demo: setup build
 	./target/release/afterimage demo $(DEMO)
@@ -25,6 +27,11 @@ check: setup
 # The long tests: hours of random histories, kills and link cuts.
 soak: setup-test
 	AFTERIMAGE_SOAK=1 $(CARGO) test --locked --workspace --release --no-fail-fast -- --include-ignored --nocapture
+	$(CARGO) run --locked --release -p afterimage-simulate --bin afterimage-simulate -- --coverage --seeds $(SEEDS)
+
+# Breaks the product on purpose, one way after another, and fails if the simulation does not see it.
+mutants: setup
+	$(CARGO) run --locked -p afterimage-simulate --bin afterimage-mutants -- $(MUTANTS)
 
 bench: setup-bench build
 	$(CARGO) run --locked --release -p afterimage-bench -- $(BENCH)
