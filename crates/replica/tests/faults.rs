@@ -59,8 +59,17 @@ fn bench() -> Bench {
 }
 
 impl Bench {
+    /// The primary says that it begins to compare.
+    fn begin_anew(site: &Site) {
+        let Phase::ResyncRequired { why } = site.store.status(VM).unwrap().facts.phase else {
+            panic!("nothing is to be resynchronized")
+        };
+        site.store.report(PEER, VM, Phase::ResyncRequired { why }, None, false).unwrap();
+    }
+
     /// Sends everything again, laid over whatever is left, and checks every point.
     fn resynchronize(&mut self, site: &Site) {
+        Self::begin_anew(site);
         for (name, size) in [("vda", 3_u64 << 20), ("vdb", 64 * 1024)] {
             let now = self.primary.disks[name].clone();
             self.primary.write(name, 0..size, |at| now[at as usize]);
@@ -235,6 +244,10 @@ fn a_lost_log_ends_the_chain_before_it_and_says_so() {
     }
     let small = bench.primary.disks["vdb"].clone();
     bench.primary.write("vdb", 0..small.len() as u64, |at| small[at as usize]);
+    // What a primary sends that does not know of the loss was compared with what is no longer there.
+    let (header, bytes) = bench.primary.make_log(Purpose::Resync, POINT, site.clock.now());
+    assert_eq!(site.send(&header, &bytes, 64 * 1024).unwrap_err().code(), "wrong-phase");
+    Bench::begin_anew(&site);
     let point = bench.primary.ship(&site, Purpose::Resync, POINT);
     assert_eq!(point, LogNumber(6));
     site.settle(VM);
