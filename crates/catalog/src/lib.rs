@@ -13,6 +13,7 @@
 pub mod column;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 pub use rusqlite::{self, OptionalExtension, Transaction, params};
@@ -69,6 +70,8 @@ pub struct Catalog {
     path: Arc<PathBuf>,
     writer: Writer,
     reader: Arc<Mutex<Connection>>,
+    /// The last commit failed: this process does not find it, the next one may.
+    doubtful: Arc<AtomicBool>,
 }
 
 /// Where changes are made.
@@ -76,9 +79,8 @@ pub struct Catalog {
 enum Writer {
     /// On a thread of their own, those together that wait together.
     Thread(mpsc::Sender<Change>),
-    /// Where they are asked for, one by one, on the connection that is read from too; the guard says what becomes
-    /// of each.
-    Caller(Guard),
+    /// Where they are asked for, one by one, on the connection that is read from too.
+    Caller(Arc<Guarded>),
 }
 
 /// What becomes of a change of a catalog in memory.
@@ -90,10 +92,18 @@ pub enum Fate {
     Lost,
     /// It is made and its caller never hears of it, as when the process dies after its commit.
     KeptUnheard,
+    /// Its commit fails, and it is not made for this process; but the next one finds it, unless another change was
+    /// made before. So it is in SQLite's WAL when frames are written and their sync fails: the process goes on
+    /// from the frame before them, and writes its next ones over them.
+    Doubtful,
 }
 
-/// Says what becomes of the next change.
-type Guard = Arc<dyn Fn() -> Fate + Send + Sync>;
+/// A catalog in memory whose changes may go wrong.
+struct Guarded {
+    /// Says what becomes of the next change.
+    guard: Box<dyn Fn() -> Fate + Send + Sync>,
+    doubtful: Mutex<Option<Change>>,
+}
 
 impl Catalog {
     /// Opens the catalog at `path`, making it if it is not there, and starts its writer.
@@ -107,13 +117,14 @@ impl Catalog {
         let (mut connection, reader) =
             opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
         let (writer, changes) = mpsc::channel();
-        let shown = path.clone();
+        let (shown, doubtful) = (path.clone(), Arc::new(AtomicBool::new(false)));
+        let doubt = doubtful.clone();
         std::thread::Builder::new()
             .name("catalog".into())
-            .spawn(move || write_loop(&mut connection, &changes, &shown))
+            .spawn(move || write_loop(&mut connection, &changes, &shown, &doubt))
             .expect("a thread can be started");
         let writer = Writer::Thread(writer);
-        Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)) })
+        Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)), doubtful })
     }
 
     /// A catalog that has no file: it lives as long as one of its clones does. Changes are made on the thread
@@ -131,8 +142,18 @@ impl Catalog {
             Ok(connection)
         });
         let reader = opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
-        let writer = Writer::Caller(Arc::new(guard));
-        Ok(Self { path: Arc::new(path), writer, reader: Arc::new(Mutex::new(reader)) })
+        let writer = Writer::Caller(Arc::new(Guarded { guard: Box::new(guard), doubtful: Mutex::default() }));
+        let reader = Arc::new(Mutex::new(reader));
+        Ok(Self { path: Arc::new(path), writer, reader, doubtful: Arc::default() })
+    }
+
+    /// The process that had a catalog in memory is over: from now on it is what the next process finds.
+    pub fn next_process(&self) {
+        if let Writer::Caller(guarded) = &self.writer
+            && let Some(change) = guarded.doubtful()
+        {
+            commit(&mut self.connection(), vec![change], &self.path, &self.doubtful);
+        }
     }
 
     /// Brings `owner`'s tables to the newest of `migrations` (each one or more SQL statements).
@@ -181,6 +202,20 @@ impl Catalog {
         answered.await.map_err(|_| self.closed())?.map_err(|source| self.error(source))
     }
 
+    /// Makes sure that what this process finds is what the next one will find. A commit that fails in its sync is
+    /// rolled back here, but its frames are in the WAL; where the process ends before others are written over them,
+    /// the next one takes them. Whoever touches files by what the catalog says after a failure settles it first.
+    pub fn settle(&self) -> Result<(), Error> {
+        let doubtful = match &self.writer {
+            Writer::Thread(_) => self.doubtful.load(Ordering::SeqCst),
+            Writer::Caller(guarded) => guarded.lock().is_some(),
+        };
+        if doubtful {
+            self.write(|tx| tx.execute("UPDATE migrations SET version = version", []))?;
+        }
+        Ok(())
+    }
+
     /// Reads what has been committed. Short: small tables, from memory.
     pub fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Error> {
         query(&self.connection()).map_err(|source| self.error(source))
@@ -202,11 +237,16 @@ impl Catalog {
         });
         match &self.writer {
             Writer::Thread(writer) => writer.send(job).map_err(|_| self.closed()),
-            Writer::Caller(guard) => {
-                let fate = guard();
-                if fate != Fate::Lost {
-                    let job = if fate == Fate::Kept { job } else { unheard(job) };
-                    commit(&mut self.connection(), vec![job], &self.path);
+            Writer::Caller(guarded) => {
+                let fate = (guarded.guard)();
+                match fate {
+                    Fate::Lost => {}
+                    Fate::Doubtful => *guarded.lock() = Some(unheard(job)),
+                    Fate::Kept | Fate::KeptUnheard => {
+                        drop(guarded.doubtful());
+                        let job = if fate == Fate::Kept { job } else { unheard(job) };
+                        commit(&mut self.connection(), vec![job], &self.path, &self.doubtful);
+                    }
                 }
                 if fate == Fate::Kept { Ok(()) } else { Err(self.closed()) }
             }
@@ -219,6 +259,16 @@ impl Catalog {
 
     fn closed(&self) -> Error {
         Error::Closed(self.path.to_path_buf())
+    }
+}
+
+impl Guarded {
+    fn lock(&self) -> MutexGuard<'_, Option<Change>> {
+        self.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn doubtful(&self) -> Option<Change> {
+        self.lock().take()
     }
 }
 
@@ -242,15 +292,20 @@ fn in_savepoint<T>(
     result
 }
 
-fn write_loop(connection: &mut Connection, changes: &mpsc::Receiver<Change>, path: &Path) {
+fn write_loop(
+    connection: &mut Connection,
+    changes: &mpsc::Receiver<Change>,
+    path: &Path,
+    doubtful: &AtomicBool,
+) {
     while let Ok(first) = changes.recv() {
         let group = std::iter::once(first).chain(changes.try_iter().take(GROUP_MAX - 1)).collect();
-        commit(connection, group, path);
+        commit(connection, group, path, doubtful);
     }
 }
 
 /// Makes some changes in one transaction, and then answers each.
-fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path) {
+fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path, doubtful: &AtomicBool) {
     let mut answers = Vec::with_capacity(group.len());
     let committed = connection.transaction().and_then(|tx| {
         answers.extend(group.into_iter().map(|change| change(&tx)));
@@ -259,8 +314,10 @@ fn commit(connection: &mut Connection, group: Vec<Change>, path: &Path) {
         durable_step("catalog::committed");
         Ok(())
     });
+    // Before anybody hears of it.
+    doubtful.store(committed.is_err(), Ordering::SeqCst);
     if let Err(error) = &committed {
-        tracing::error!(%error, catalog = %path.display(), "a commit failed; nothing of it was kept");
+        tracing::error!(%error, catalog = %path.display(), "a commit failed; this process goes on without it");
     }
     for answer in answers {
         answer(committed.as_ref().copied().map_err(again));
@@ -333,6 +390,24 @@ mod tests {
         let other = Catalog::in_memory().unwrap();
         other.migrate("test", TABLES).unwrap();
         assert_eq!(count(&other), 0, "another one is another one");
+    }
+
+    #[test]
+    fn a_change_whose_commit_failed_is_found_by_the_next_process_or_was_written_over() {
+        for written_over in [false, true] {
+            let fates = Mutex::new(vec![Fate::Kept, Fate::Kept, Fate::Doubtful, Fate::Kept]);
+            let catalog = Catalog::in_memory_guarded(move || fates.lock().unwrap().pop().unwrap()).unwrap();
+            catalog.migrate("test", TABLES).unwrap();
+            assert!(catalog.write(|tx| tx.execute("INSERT INTO t VALUES (1)", [])).is_err());
+            assert_eq!(count(&catalog), 0, "whoever heard of the failure does not find it");
+            if written_over {
+                catalog.settle().unwrap();
+                catalog.settle().unwrap();
+            }
+            catalog.next_process();
+            assert_eq!(count(&catalog), usize::from(!written_over));
+            assert!(written_over || catalog.settle().is_ok());
+        }
     }
 
     #[test]

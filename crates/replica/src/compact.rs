@@ -110,6 +110,8 @@ impl Store {
             }
         };
         durable_step("replica::compact::synced");
+        // A commit that failed may have named a file of this name.
+        self.catalog().settle()?;
         folder.files.rename(&fresh, &target)?;
         durable_step("replica::compact::named");
         folder.files.sync_folder(&folder.logs())?;

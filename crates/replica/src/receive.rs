@@ -205,6 +205,8 @@ impl Store {
         let name = format!("{}.log", head.number);
         let target = folder.log(&name);
         let files = &folder.files;
+        // A commit that failed may have named a file of this name.
+        self.catalog().settle()?;
         files.rename(path, &target)?;
         durable_step("replica::receive::renamed");
         let settled = files.sync_folder(&folder.logs()).and_then(|()| {
@@ -214,7 +216,8 @@ impl Store {
         durable_step("replica::receive::folders");
         let row = LogRow::from_verified(verified, head.number, name);
         let outcome = settled.and_then(|()| self.add_to_chain(&mut state, row, &verified.header));
-        if outcome.is_err() && state.row.doc.head != head {
+        // Where the next process may find it in the catalog all the same, it finds its file too.
+        if outcome.is_err() && self.catalog().settle().is_ok() {
             files.remove_file(&target)?;
         }
         durable_step("replica::receive::committed");
@@ -243,18 +246,11 @@ impl Store {
         }
         let (vm, saved) = (state.row.vm, log.clone());
         durable_step("replica::receive::chaining");
-        let outcome = self.commit(state, row.clone(), move |tx| {
+        self.commit(state, row, move |tx| {
             rows::add_log(tx, vm, &saved)?;
             point.iter().try_for_each(|point| rows::add_point(tx, vm, point))
-        });
+        })?;
         durable_step("replica::receive::chained");
-        if let Err(error) = outcome {
-            // A commit that failed at its very end may be in the catalog all the same: what it says counts.
-            if !rows::load_logs(self.catalog(), vm)?.contains(&log) {
-                return Err(error);
-            }
-            state.row = row;
-        }
         if let Some(point) = point {
             state.points.insert(point.number, point);
         }
