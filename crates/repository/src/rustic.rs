@@ -168,6 +168,15 @@ impl Store {
         Ok(ids.into_iter().map(from_rustic).collect())
     }
 
+    /// Makes the names of the files of one kind durable. Whoever wrote them may have died, or failed, before.
+    pub(crate) fn settle(&self, kind: FileKind) -> Result<(), Error> {
+        let folder = self.backend.path.join(kind.rustic().dirname());
+        durable_step("repository::backup::settling");
+        sync_folder(&folder).map_err(|source| Error::io("cannot sync", &folder, source))?;
+        durable_step("repository::backup::found");
+        Ok(())
+    }
+
     /// The files of one kind and their sizes.
     pub(crate) fn list_with_size(&self, kind: FileKind) -> Result<Vec<(Id, u32)>, Error> {
         let ids =

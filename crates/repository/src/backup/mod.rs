@@ -30,7 +30,7 @@ use crate::list;
 use crate::lock::Lock;
 use crate::manifest::{self, BackupDisk, DEFINITION_FILE, MANIFEST_FILE, Manifest};
 use crate::pack::{BlobKind, PackBuilder};
-use crate::rustic::{RunSummary, Snapshot};
+use crate::rustic::{FileKind, RunSummary, Snapshot};
 use crate::source::Source;
 use crate::tree::{self, TreeFile};
 use packer::{Packer, TreeBlob};
@@ -100,6 +100,8 @@ impl Repository {
         check_admission(source, &meta)?;
         let lock = Lock::shared(&self.store)?;
         self.load_index()?;
+        // What is found there is built on; a power cut may not take it away again.
+        self.store.settle(FileKind::Index)?;
         let parent = parent.filter(|parent| serves(parent, &meta));
         let plans = self.plan_disks(source, parent)?;
 
