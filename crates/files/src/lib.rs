@@ -169,6 +169,9 @@ pub trait File: Send + Sync + fmt::Debug {
 
     /// Makes a range zeros: a hole where that can be, written zeros elsewhere.
     fn make_zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(()); // the system calls that a mistake
+        }
         match self.punch_hole(offset, len) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => write_zeros(self, offset, len),
             done => done,

@@ -31,6 +31,13 @@ impl Store {
         if !BLOCK_BYTES.contains(&block_bytes) || len > LEN_MAX || offset.checked_add(len).is_none() {
             return Err(Error::busy(vm.id, "digests of such blocks or of so many bytes are not given"));
         }
+        if vm.live()?.row.doc.unsure {
+            self.wake(vm.id);
+            return Err(Error::busy(
+                vm.id,
+                "its flat files are being written anew, since a sync of them has failed",
+            ));
+        }
         match self.digests_of(&vm, disk, offset, len, block_bytes) {
             // Else the compare that would make it good comes to the same log again and again.
             Err(Error::Damaged { path, source }) => {

@@ -49,6 +49,7 @@ mod rebuild;
 mod receive;
 mod recover;
 mod relationship;
+mod rewrite;
 mod rows;
 mod store;
 mod view;

@@ -2,11 +2,12 @@
 //! decide from what is true now, do it, decide again.
 
 use chain::{RetentionInput, RetentionPlan, plan_retention};
-use model::{BaseState, LogNumber, PointInfo, Timestamp, VmId};
+use model::{BaseState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
 use steps::durable_step;
 
 use crate::apply::ApplyJob;
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 use crate::rows;
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -36,6 +37,8 @@ pub enum Step {
     LeftAsItIs,
     /// A failover that was cut off has been carried on.
     FailoverReady,
+    /// The flat files were written anew as they are, to be sure that they are on the disk.
+    Rewritten,
 }
 
 /// What is to be done.
@@ -45,6 +48,7 @@ enum Decision {
     Apply(ApplyJob),
     Compact(Vec<LogNumber>),
     Failover,
+    Rewrite(Folder, Vec<DiskName>),
 }
 
 impl Store {
@@ -68,6 +72,7 @@ impl Store {
             Decision::Drop(points) => Ok(Step::Dropped(points)),
             Decision::Apply(job) => self.run_apply(vm, job),
             Decision::Compact(group) => self.compact(vm, &group),
+            Decision::Rewrite(folder, disks) => self.rewrite(vm, &folder, &disks),
             Decision::Failover => self.carry_on_failover(vm).map(|_| Step::FailoverReady),
         }
     }
@@ -82,6 +87,9 @@ impl Store {
         }
         if state.row.doc.migrating.is_some() {
             return Ok(Decision::Nothing);
+        }
+        if state.row.doc.unsure {
+            return Ok(Decision::Rewrite(state.folder(), state.row.doc.disks.clone()));
         }
         let (plan, through) = self.plan(&state, now, false);
         if let Some(through) = through {

@@ -125,6 +125,7 @@ fn rebuild_vm(catalog: &Catalog, now: Timestamp, folder: Folder, description: De
     if description.applying.is_some_and(|through| through > tip.number) {
         broken = Some("logs that were being applied are missing".to_owned());
         doc.applying = None;
+        doc.unsure = true;
     }
     // Points below an apply that had begun can no longer be read.
     let floor = description.applying.unwrap_or(LogNumber::ZERO);
@@ -208,5 +209,6 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         withdrawn: false,
         removing: false,
         damage: None,
+        unsure: false,
     }
 }

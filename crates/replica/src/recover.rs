@@ -129,10 +129,12 @@ impl Store {
             None => set_phase(doc, phase, self.now()),
         }
         // An apply that was under way has mixed newer bytes into the base. That is no point any more, but a
-        // state to compare with like any other, and nothing is left to apply it to its end with.
+        // state to compare with like any other, and nothing is left to apply it to its end with. If its sync has
+        // failed, the system shows bytes that it will never write: see `rewrite`.
         let dirty = doc.applying.as_ref().is_some_and(|applying| applying.through >= first);
         if dirty {
             doc.applying = None;
+            doc.unsure = true;
         }
         let gone: Vec<LogNumber> =
             state.points.keys().filter(|number| dirty || **number >= first).copied().collect();

@@ -242,6 +242,7 @@ fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         withdrawn: false,
         removing: false,
         damage: None,
+        unsure: false,
     }
 }
 

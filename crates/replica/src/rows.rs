@@ -129,6 +129,9 @@ pub(crate) struct VmDoc {
     pub removing: bool,
     /// What was lost here, until a resynchronization has made it good.
     pub damage: Option<String>,
+    /// What the flat files show may not be on the disk: an apply that may have failed in its sync was given up.
+    #[serde(default)]
+    pub unsure: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
