@@ -40,7 +40,7 @@ impl Time {
     /// A clock that shows this time.
     #[must_use]
     pub fn clock(&self) -> SiteClock {
-        SiteClock { time: self.clone(), off: Arc::default() }
+        SiteClock { time: self.clone(), off: Arc::default(), latest: Arc::default() }
     }
 }
 
@@ -49,6 +49,8 @@ impl Time {
 pub struct SiteClock {
     time: Time,
     off: Arc<AtomicI64>,
+    /// The latest moment it showed, of those before it was set.
+    latest: Arc<AtomicI64>,
 }
 
 impl SiteClock {
@@ -60,12 +62,25 @@ impl SiteClock {
 
     /// Sets it forward, or back.
     pub fn jump(&self, seconds: i64) {
+        self.latest.fetch_max(self.now().0, Ordering::Relaxed);
         self.off.fetch_add(seconds.saturating_mul(1_000_000), Ordering::Relaxed);
     }
 
     /// Sets it right.
     pub fn set_right(&self) {
+        self.latest.fetch_max(self.now().0, Ordering::Relaxed);
         self.off.store(0, Ordering::Relaxed);
+    }
+
+    /// The latest moment that it showed since somebody looked.
+    #[must_use]
+    pub fn latest(&self) -> Timestamp {
+        Timestamp(self.latest.load(Ordering::Relaxed)).max(self.now())
+    }
+
+    /// Somebody has looked.
+    pub fn looked_at(&self) {
+        self.latest.store(0, Ordering::Relaxed);
     }
 }
 

@@ -102,7 +102,8 @@ pub enum Event {
     Boot { side: Side, loss: Loss },
     /// So many calls of a kind go well on the replica's disk, then so many fail.
     Disk { class: Class, skip: u64, count: u64 },
-    /// So many commits of a site's catalog go well, then so many fail; with `kept` they are in it all the same.
+    /// So many commits of a site's catalog go well, then so many fail; with `kept` the next process finds the
+    /// last of them all the same.
     Commits { side: Side, skip: u64, count: u64, kept: bool },
     /// The replica's disk has no space left.
     Full { full: bool },

@@ -24,7 +24,8 @@ struct State {
     steps: u64,
     /// The step to die at, and whether after it.
     cut: Option<(u64, bool)>,
-    /// Commits of the catalog that go well, and then commits that fail, and whether those are kept all the same.
+    /// Commits of the catalog that go well, and then commits that fail, and whether the next process finds the
+    /// last of those all the same.
     commits: (u64, u64, bool),
     /// Steps are neither counted nor died at: a checker looks.
     observed: bool,
@@ -58,7 +59,8 @@ impl Power {
         }
     }
 
-    /// Whether the next commit of the catalog fails though the site lives, and whether it is kept all the same.
+    /// Whether the next commit of the catalog fails though the site lives, and whether the next process finds it all
+    /// the same.
     pub fn failed_commit(&self) -> Option<bool> {
         let mut state = self.lock();
         if state.observed || state.down {

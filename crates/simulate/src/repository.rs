@@ -73,6 +73,8 @@ impl SimRepository {
             let part: BTreeMap<ChunkId, (String, u64, u64)> = repository.read_json("index", &file)?;
             repository.index.extend(part);
         }
+        // What is found there is built on, and whoever wrote it may have failed before it was durable.
+        disk.sync_dir(&root.join("index"))?;
         Ok(repository)
     }
 

@@ -73,6 +73,7 @@ fn a_thousand_worlds_hold_and_none_of_them_is_tame() {
         "maintain Compacted",
         "maintain Dropped",
         "maintain LeftAsItIs",
+        "maintain Rewritten",
         "holds",
         "views",
         "looks in the middle",

@@ -39,6 +39,15 @@ impl FolderNode {
         self.now.iter().map(|(name, node)| (name, *node))
     }
 
+    /// Every node that has a name here, or may have one again after a power cut.
+    pub fn known(&self) -> impl Iterator<Item = usize> {
+        let pending = self.pending.iter().filter_map(|change| match change {
+            Change::Put { node, .. } | Change::Move { node, .. } => Some(*node),
+            Change::Remove { .. } => None,
+        });
+        self.now.values().chain(self.durable.values()).copied().chain(pending)
+    }
+
     pub fn put(&mut self, name: OsString, node: usize) {
         self.change(Change::Put { name, node });
     }

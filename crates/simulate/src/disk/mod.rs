@@ -259,7 +259,7 @@ impl State {
                 continue;
             }
             if let Some(Node::Folder(folder)) = &self.nodes[node] {
-                to_visit.extend(folder.entries().map(|(_, node)| node));
+                to_visit.extend(folder.known());
             }
         }
         for (node, reached) in self.nodes.iter_mut().zip(reached) {

@@ -59,6 +59,22 @@ fn a_kill_loses_nothing_but_what_the_cut_after_it_takes() {
 }
 
 #[test]
+fn what_was_removed_and_not_synced_comes_back_whole_after_a_kill_and_a_cut() {
+    let (disk, power) = disk(1);
+    disk.create_dir_all(Path::new("/a")).unwrap();
+    let file = disk.open(Path::new("/a/f"), Open::Create).unwrap();
+    file.write_all_at(b"abc", 0).unwrap();
+    file.sync_all().unwrap();
+    disk.sync_dir(Path::new("/a")).unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    disk.remove_dir_all(Path::new("/a")).unwrap();
+    cut(&disk, &power, Loss::Nothing);
+    assert_eq!(read(&disk, "/a/f"), None);
+    cut(&disk, &power, Loss::Everything);
+    assert_eq!(read(&disk, "/a/f").unwrap(), b"abc");
+}
+
+#[test]
 fn a_sync_that_failed_is_not_made_good_by_the_next() {
     let mut lost = 0;
     for seed in 0..50 {

@@ -60,7 +60,7 @@ impl World {
         }
         let all: Vec<PointInfo> = before.iter().chain(now).copied().collect();
         let (extra, recent) = (self.plan.vms[place].points, self.plan.recent_points);
-        let clock = self.clock(Side::Replica).now();
+        let clock = self.clock(Side::Replica).latest();
         let viewed = self.viewed(vm);
         for gone in before.iter().filter(|point| !now.iter().any(|still| still.id == point.id)) {
             if viewed.contains(&gone.number) || is_wanted(gone, &all, extra, recent, clock) {

@@ -140,6 +140,7 @@ impl World {
             self.check_gate(vm, &store, &facts)?;
             self.check_points(place, vm, &store)?;
         }
+        self.replica.clock.looked_at();
         self.look_at_readers()
     }
 

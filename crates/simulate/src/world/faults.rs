@@ -16,7 +16,7 @@ pub(super) fn guarded_catalog(power: &Power) -> Catalog {
     let power = power.clone();
     let guard = move || match (power.failed_commit(), power.step()) {
         (Some(false), Fate::Lives) => catalog::Fate::Lost,
-        (Some(true), Fate::Lives) => catalog::Fate::KeptUnheard,
+        (Some(true), Fate::Lives) => catalog::Fate::Doubtful,
         (_, fate) => as_commit(fate),
     };
     Catalog::in_memory_guarded(guard).expect("memory can be had")

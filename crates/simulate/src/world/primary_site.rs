@@ -99,6 +99,7 @@ impl World {
     pub(super) fn boot_primary(&mut self) -> Checked {
         self.primary.kill();
         self.primary.ports.power.boot();
+        self.primary.catalog.next_process();
         let shared = Shared::open(self.primary.catalog.clone(), config(self), self.primary.ports.clone());
         let loaded = shared.and_then(|shared| Ok((Relationship::load(&shared)?, shared)));
         let Ok((relationships, shared)) = loaded else {

@@ -133,6 +133,7 @@ impl World {
         self.replica.kill();
         self.replica.disk.settle(loss);
         self.replica.power.boot();
+        self.replica.catalog.next_process();
         let opened = self.open_store();
         self.notice_deaths();
         match opened {
