@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::codec::{DecodeError, Errno};
+use crate::codec::{DecodeError, Errno, ReplyCode};
 
 /// A failure, with the export and the place it concerns. It can be cloned: when a server dies, every
 /// request in flight gets the same one.
@@ -32,7 +32,7 @@ pub enum ErrorKind {
     #[error("the server has no such export")]
     UnknownExport,
     /// The server refuses the client, with the protocol's number for why.
-    #[error("the server refuses the export (reply {reply:#x}){}", with_words(.message))]
+    #[error("the server refuses the export: {}{}", refusal(*.reply), with_words(.message))]
     Refused {
         /// The number.
         reply: u32,
@@ -164,6 +164,20 @@ impl From<io::Error> for Cause {
     fn from(error: io::Error) -> Self {
         Self { kind: ErrorKind::Disconnected, source: Some(Arc::new(error)) }
     }
+}
+
+/// What the numbers of refusals mean: servers often send no words with them.
+fn refusal(reply: u32) -> String {
+    let meaning = match ReplyCode(reply) {
+        ReplyCode::ERR_POLICY => "its policy forbids it",
+        ReplyCode::ERR_INVALID => "it takes the request for malformed",
+        ReplyCode::ERR_TLS_REQD => "it wants TLS, which is not spoken here",
+        ReplyCode::ERR_SHUTDOWN => "it is shutting down",
+        ReplyCode::ERR_BLOCK_SIZE_REQD => "it wants block sizes to be agreed on",
+        ReplyCode::ERR_TOO_BIG => "it takes the request for too large",
+        _ => return format!("reply {reply:#x}"),
+    };
+    meaning.to_owned()
 }
 
 /// The server's own words, without what would upset a terminal.
