@@ -50,7 +50,7 @@ setup:
 	@./scripts/setup base
 
 setup-test:
-	@./scripts/setup base guest
+	@./scripts/setup base guest fsx
 
 setup-bench:
 	@./scripts/setup base bench

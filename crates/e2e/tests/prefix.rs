@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{DISKS, LONG, VM, World};
+use common::{LONG, VM, World};
 use rig::state_of_exports;
 
 /// What happens to the sites while points are made.
@@ -50,26 +50,16 @@ impl World {
 
     /// Reads every point that is there, and panics if one is no moment of the VM. How many they were.
     fn check_points(&self, after: u64) -> (usize, u64) {
-        let points = self.head.ok(&["points", VM]).unwrap();
-        let points = points["points"].as_array().unwrap().clone();
         let mut checked = 0;
         let mut newest = after;
-        for point in points.iter().filter(|point| point["number"].as_u64().unwrap() > after) {
-            let id = point["id"].as_str().unwrap();
-            let output = self.head.run(&["export", VM, "--point", id]).unwrap();
-            if output.code() == Some("no-such-point") {
-                continue; // its hour is over: it was dropped since it was listed
-            }
-            assert_eq!(output.status, 0, "{output:?}");
-            let export = &output.json;
-            let shown = export["disks"].as_array().unwrap();
-            let uri =
-                |name: &str| shown.iter().find(|disk| disk["name"] == name).unwrap()["uri"].as_str().unwrap();
-            let uris = DISKS.map(|(name, _)| uri(name));
+        for point in self.points().iter().filter(|point| point["number"].as_u64().unwrap() > after) {
+            // Its hour may be over: then it was dropped since it was listed.
+            let Some(shown) = self.export_point(point, &[]) else { continue };
+            let uris = shown.uris.each_ref().map(String::as_str);
             if let Err(violation) = state_of_exports(&self.script, self.begun(), &uris) {
                 panic!("point {point}: {violation}");
             }
-            self.head.ok(&["unexport", export["export"].as_str().unwrap()]).unwrap();
+            self.unexport(&shown);
             checked += 1;
             newest = newest.max(point["number"].as_u64().unwrap());
         }

@@ -13,17 +13,28 @@ pub struct StorageDaemon {
     dir: PathBuf,
     disks: Vec<(String, u64)>,
     monitors: usize,
+    logs_writes: bool,
     process: Option<Process>,
 }
 
 impl StorageDaemon {
     /// Starts one with these disks (name, bytes); files that are there already are used as they are.
     pub fn start(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
-        Self::start_with_monitors(dir, disks, 1)
+        Self::start_with(dir, disks, 1, false)
     }
 
     /// The same with several monitors: each serves one client at a time, and a VM keeps its own.
     pub fn start_with_monitors(dir: &Path, disks: &[(&str, u64)], monitors: usize) -> Result<Self> {
+        Self::start_with(dir, disks, monitors, false)
+    }
+
+    /// The same with QEMU's driver `blklogwrites` below each disk: it writes down all that reaches the disk, in
+    /// the file [`StorageDaemon::log`]. A daemon that is restarted begins its logs anew.
+    pub fn start_logged(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
+        Self::start_with(dir, disks, 1, true)
+    }
+
+    fn start_with(dir: &Path, disks: &[(&str, u64)], monitors: usize, logs_writes: bool) -> Result<Self> {
         need("qemu-storage-daemon", "qemu-utils")?;
         std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let disks: Vec<_> = disks.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
@@ -33,7 +44,7 @@ impl StorageDaemon {
                 File::create(&path).and_then(|file| file.set_len(*bytes)).map_err(doing(path.display()))?;
             }
         }
-        let mut daemon = Self { dir: dir.to_owned(), disks, monitors, process: None };
+        let mut daemon = Self { dir: dir.to_owned(), disks, monitors, logs_writes, process: None };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -48,11 +59,7 @@ impl StorageDaemon {
         }
         let mut command = Command::new("qemu-storage-daemon");
         for (name, _) in &self.disks {
-            let file = self.disk(name);
-            command.arg("--blockdev").arg(format!(
-                "driver=raw,node-name={name},discard=unmap,file.driver=file,file.filename={}",
-                file.display()
-            ));
+            command.arg("--blockdev").arg(self.blockdev(name)?);
         }
         command
             .arg("--nbd-server")
@@ -79,6 +86,25 @@ impl StorageDaemon {
         wait_for("qemu-storage-daemon", limit, || {
             Ok(sockets.iter().all(|socket| socket.exists()).then_some(()))
         })
+    }
+
+    /// The disk's node, and below it its file; between them, if so wished, the log. The log's node is a filter:
+    /// what Afterimage does on the disk's node, it does above it.
+    fn blockdev(&self, name: &str) -> Result<String> {
+        let top = format!("driver=raw,node-name={name},discard=unmap");
+        let file = self.disk(name);
+        if !self.logs_writes {
+            return Ok(format!("{top},file.driver=file,file.filename={}", file.display()));
+        }
+        let log = self.log(name);
+        File::create(&log).map_err(doing(log.display()))?;
+        Ok(format!(
+            "{top},file.driver=blklogwrites,file.discard=unmap,\
+             file.file.driver=file,file.file.discard=unmap,file.file.filename={},\
+             file.log.driver=file,file.log.filename={}",
+            file.display(),
+            log.display()
+        ))
     }
 
     /// Kills it.
@@ -127,6 +153,12 @@ impl StorageDaemon {
     #[must_use]
     pub fn disk(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.raw"))
+    }
+
+    /// The log of the writes to a disk, if it keeps one.
+    #[must_use]
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.writes"))
     }
 
     /// The names of its disks.

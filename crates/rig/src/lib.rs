@@ -14,7 +14,7 @@ mod writer;
 pub use daemon::StorageDaemon;
 pub use line::Line;
 pub use lossy::LossyDisk;
-pub use programs::{Process, need, this_program, tool, wait_for};
+pub use programs::{Process, need, need_crate, this_program, tool, wait_for};
 pub use site::{Output, Site, free_address};
 pub use writer::{Writer, fill, nbd_address, noise, state_of_exports, state_of_files};
 

@@ -9,8 +9,17 @@ use crate::{Result, Trouble, doing};
 
 /// An error with the line that installs `program`, if it is not there.
 pub fn need(program: &str, package: &str) -> Result<()> {
+    need_from(program, &format!("apt-get install {package}"))
+}
+
+/// The same for a program of crates.io, which is called as its crate is.
+pub fn need_crate(program: &str) -> Result<()> {
+    need_from(program, &format!("cargo install --locked {program}"))
+}
+
+fn need_from(program: &str, install: &str) -> Result<()> {
     let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    found.map(drop).map_err(|_| Trouble(format!("{program} is needed: apt-get install {package}")))
+    found.map(drop).map_err(|_| Trouble(format!("{program} is needed: {install}")))
 }
 
 /// Runs a program to its end; what it printed, or an error with what it said.

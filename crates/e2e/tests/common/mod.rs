@@ -42,8 +42,21 @@ impl World {
 
     /// The same with the replica's site in a folder of its own.
     pub fn with_head_in(seed: u64, head_dir: Option<&Path>) -> Self {
+        Self::over(seed, head_dir, |dir| StorageDaemon::start(dir, &DISKS))
+    }
+
+    /// The same where QEMU logs all that is written to the disks.
+    pub fn logged(seed: u64) -> Self {
+        Self::over(seed, None, |dir| StorageDaemon::start_logged(dir, &DISKS))
+    }
+
+    fn over(
+        seed: u64,
+        head_dir: Option<&Path>,
+        start: impl FnOnce(&Path) -> rig::Result<StorageDaemon>,
+    ) -> Self {
         let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
-        let daemon = StorageDaemon::start(&dir.path().join("vm"), &DISKS).unwrap();
+        let daemon = start(&dir.path().join("vm")).unwrap();
         let regions = (0..DISKS.len()).map(|disk| Region { disk, offset: 4 * MIB, len: 8 * MIB });
         let script = Arc::new(Script::new(seed, regions.collect(), 5));
         let (head, branch, line) = sites(dir.path(), head_dir);
@@ -103,6 +116,29 @@ impl World {
         state_of_files(&self.script, self.begun(), images).unwrap_or_else(|violation| panic!("{violation}"))
     }
 
+    /// The recovery points at the replica, oldest first.
+    pub fn points(&self) -> Vec<Value> {
+        let mut points = self.head.ok(&["points", VM]).unwrap()["points"].as_array().unwrap().clone();
+        points.sort_by_key(|point| point["number"].as_u64());
+        points
+    }
+
+    /// Shows a point; `None` if it was dropped since it was listed.
+    pub fn export_point(&self, point: &Value, more: &[&str]) -> Option<Shown> {
+        let id = point["id"].as_str().unwrap();
+        let output = self.head.run(&[&["export", VM, "--point", id], more].concat()).unwrap();
+        if output.code() == Some("no-such-point") {
+            return None;
+        }
+        assert_eq!(output.status, 0, "{output:?}");
+        Some(Shown::of(&output.json))
+    }
+
+    /// Ends an export.
+    pub fn unexport(&self, shown: &Shown) {
+        self.head.ok(&["unexport", &shown.id]).unwrap();
+    }
+
     /// How many backups are listed.
     pub fn backups(&self) -> usize {
         self.head.ok(&["backups", VM]).unwrap()["backups"].as_array().unwrap().len()
@@ -158,6 +194,22 @@ pub fn in_qemu(socket: &Path, disks: &[&str]) -> Vec<String> {
         }
     }
     found
+}
+
+/// An export.
+pub struct Shown {
+    pub id: String,
+    /// Of the disks, in their order.
+    pub uris: [String; 2],
+}
+
+impl Shown {
+    pub fn of(export: &Value) -> Self {
+        let disks = export["disks"].as_array().unwrap();
+        let uri =
+            |name| disks.iter().find(|disk| disk["name"] == name).unwrap()["uri"].as_str().unwrap().into();
+        Self { id: export["export"].as_str().unwrap().into(), uris: DISKS.map(|(name, _)| uri(name)) }
+    }
 }
 
 pub fn path(path: &Path) -> &str {
