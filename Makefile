@@ -2,7 +2,7 @@
 # missing on a Debian 12 machine first (as root, or through sudo).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test check soak mutants bench fleet setup setup-test setup-bench build install
+.PHONY: demo test check soak mutants fuzz bench fleet setup setup-test setup-bench build install
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -32,6 +32,10 @@ soak: setup-test
 # Breaks the product on purpose, one way after another, and fails if the simulation does not see it.
 mutants: setup
 	$(CARGO) run --locked -p afterimage-simulate --bin afterimage-mutants -- $(MUTANTS)
+
+# One door under random inputs, such as `make fuzz TARGET=log RUNS=10000000`; `scripts/fuzz list` names all.
+fuzz: setup
+	./scripts/fuzz run "$(TARGET)" "$(or $(RUNS),10000000)"
 
 bench: setup-bench build
 	$(CARGO) run --locked --release -p afterimage-bench -- $(BENCH)

@@ -134,8 +134,11 @@ pub enum Peer {
         /// Which VMs it may replicate to this site, by name; `*` stands for anything.
         #[arg(long, default_value = "*", value_name = "PATTERN")]
         vms: String,
+        /// How much its replicas may take up here, such as 500G or 2T; without it, all there is.
+        #[arg(long, value_parser = bytes, value_name = "SIZE")]
+        quota: Option<u64>,
     },
-    /// Become a peer of the site that printed this line.
+    /// Become a peer of the site that printed this line; `-` reads it from standard input.
     Accept { invite: String },
     /// The peers there are.
     List,
@@ -297,6 +300,24 @@ fn bytes_per_second(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "a rate is a number of bytes per second, at least 10k".to_owned())
 }
 
+/// `500M`, `10G`, `2T` (powers of 1024) or plain bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+        Some(end) => text.split_at(end),
+        None => (text, ""),
+    };
+    let shift = match unit.trim_end_matches(['b', 'B']).trim_end_matches('i') {
+        "" => 0,
+        "k" | "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(format!("{unit:?} is not a unit; use K, M, G or T")),
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.filter(|&bytes| bytes > 0).ok_or_else(|| "a size is a number of bytes, such as 500G".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -317,6 +338,14 @@ mod tests {
             panic!("protect was parsed as something else")
         };
         assert_eq!(protect.every.as_secs(), model::INTERVAL_DEFAULT_SECONDS);
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!((bytes("2T"), bytes("500GiB"), bytes("7")), (Ok(2 << 40), Ok(500 << 30), Ok(7)));
+        for bad in ["", "0", "T", "2X", "99999999999T"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -20,6 +20,8 @@ use crate::args::{Arguments, Command, Failover, Peer, View};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
+    // Disks of guests, keys and passwords are for whoever runs this alone, wherever they are written.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
@@ -64,17 +66,18 @@ fn finish(arguments: &Arguments, outcome: Result<Option<Said>, Failure>) -> Exit
             if arguments.json {
                 print(&json!({ "error": failure }).to_string());
             } else {
-                eprintln!("{}", show::failure(&failure));
+                eprintln!("{}", show::harmless(&show::failure(&failure)));
             }
             ExitCode::from(failure.exit_status())
         }
     }
 }
 
-/// Like `println`, but a reader that has gone away (`| head`) is no panic.
+/// Like `println`, but a reader that has gone away (`| head`) is no panic, and nothing that came from elsewhere (a
+/// peer's reason, QEMU's words) controls the terminal.
 fn print(text: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stdout(), "{text}");
+    let _ = writeln!(std::io::stdout(), "{}", show::harmless(text));
 }
 
 /// Help and version are answers; anything else is wrong usage, in the form that was asked for.
@@ -137,10 +140,10 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
 
 fn request(command: &Command) -> Result<Request, Failure> {
     Ok(match command {
-        Command::Peer(Peer::Invite { name, vms }) => {
-            Request::PeerInvite { name: name.clone(), vms: vms.clone() }
+        Command::Peer(Peer::Invite { name, vms, quota }) => {
+            Request::PeerInvite { name: name.clone(), vms: vms.clone(), quota_bytes: *quota }
         }
-        Command::Peer(Peer::Accept { invite }) => Request::PeerAccept { invite: invite.clone() },
+        Command::Peer(Peer::Accept { invite }) => Request::PeerAccept { invite: line_or_stdin(invite)? },
         Command::Peer(Peer::List) => Request::PeerList,
         Command::Peer(Peer::Remove { name }) => Request::PeerRemove { name: name.clone() },
         Command::Protect(protect) => Request::Protect(Box::new(site::Protect {
@@ -196,6 +199,18 @@ fn request(command: &Command) -> Result<Request, Failure> {
             return Err(Failure::new(Code::Internal, "this command is not for a running site"));
         }
     })
+}
+
+/// `-` stands for a line on standard input: what is on a command line, everybody on this machine can read.
+fn line_or_stdin(argument: &str) -> Result<String, Failure> {
+    if argument != "-" {
+        return Ok(argument.to_owned());
+    }
+    let mut line = String::new();
+    std::io::stdin()
+        .read_line(&mut line)
+        .map_err(|error| Failure::new(Code::Io, format!("cannot read the invite: {error}")))?;
+    Ok(line.trim().to_owned())
 }
 
 fn exported(export: &args::Export) -> Result<site::Export, Failure> {

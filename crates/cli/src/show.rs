@@ -18,6 +18,12 @@ pub fn failure(failure: &Failure) -> String {
     text
 }
 
+/// The text without characters that control a terminal: it may hold what a stranger wrote.
+pub fn harmless(text: &str) -> String {
+    let is_harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    text.chars().map(|c| if is_harmless(c) { c } else { char::REPLACEMENT_CHARACTER }).collect()
+}
+
 pub fn init(dir: &Path, made: &Made) -> String {
     let dir = dir.display();
     format!(
@@ -125,13 +131,14 @@ fn peers(answer: &Value) -> String {
         .iter()
         .map(|peer| {
             let cell = |key: &str| text(&peer[key]).to_owned();
-            vec![cell("name"), cell("address"), cell("vms"), moment(&peer["since"]), cell("fingerprint")]
+            let (quota, since) = (bytes(&peer["quota_bytes"]), moment(&peer["since"]));
+            vec![cell("name"), cell("address"), cell("vms"), quota, since, cell("fingerprint")]
         })
         .collect();
     if rows.is_empty() {
         return "No peers; 'afterimage peer invite NAME' makes one.".into();
     }
-    table(&["PEER", "ADDRESS", "MAY SEND", "SINCE", "FINGERPRINT"], &rows)
+    table(&["PEER", "ADDRESS", "MAY SEND", "QUOTA", "SINCE", "FINGERPRINT"], &rows)
 }
 
 fn relationships(vms: &[Value]) -> String {

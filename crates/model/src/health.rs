@@ -86,7 +86,7 @@ pub fn assess(input: &HealthInput<'_>, thresholds: &HealthThresholds, now: Times
         return grade(Health::Warning, "replication is paused".into());
     }
     let age = now.since(input.last_log_at);
-    let overdue = |limit: Duration| age > limit.max(input.interval * 3);
+    let overdue = |limit: Duration| age > limit.max(input.interval.saturating_mul(3));
     let behind = || format!("the last log arrived {} ago", human_duration(age));
     if overdue(thresholds.critical_after) {
         return grade(Health::Critical, behind());

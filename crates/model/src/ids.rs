@@ -188,10 +188,10 @@ impl LogNumber {
     /// Before the first log: the empty base.
     pub const ZERO: Self = Self(0);
 
-    /// The number that follows.
+    /// The number that follows; the last of all is followed by itself, so that no log ever follows it.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 

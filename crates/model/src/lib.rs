@@ -40,6 +40,11 @@ pub use time::{Timestamp, human_duration};
 /// random writes (measured; see `docs/decisions/0001-granularity.md`).
 pub const BLOCK_BYTES: u64 = 4096;
 
+/// The largest disk that is replicated, in bytes: what is kept for a disk grows with its size, whatever is on it.
+pub const DISK_BYTES_MAX: u64 = 64 << 40;
+/// All disks of a VM together, in bytes.
+pub const VM_BYTES_MAX: u64 = 256 << 40;
+
 /// The shortest and the longest interval between two cycles, and the default, in seconds.
 pub const INTERVAL_SECONDS: std::ops::RangeInclusive<u64> = 5..=900;
 /// The interval of a relationship for which none was given, in seconds.

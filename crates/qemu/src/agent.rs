@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
 
-use crate::lines::Lines;
+use crate::lines::{Lines, tidy};
 
 /// The longest answer that is taken from a guest, in bytes. A guest is not trusted with our memory.
 const LINE_BYTES_MAX: usize = 64 << 10;
@@ -70,13 +69,18 @@ pub enum AgentError {
 }
 
 /// A connection to a guest's agent.
-#[derive(Debug)]
 pub struct GuestAgent {
     socket: PathBuf,
-    lines: Lines<OwnedReadHalf>,
-    write: OwnedWriteHalf,
+    lines: Lines<Box<dyn AsyncRead + Send + Unpin>>,
+    write: Box<dyn AsyncWrite + Send + Unpin>,
     /// An answer may still come that nobody waits for.
     out_of_step: bool,
+}
+
+impl std::fmt::Debug for GuestAgent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestAgent").field("socket", &self.socket).finish_non_exhaustive()
+    }
 }
 
 impl GuestAgent {
@@ -87,8 +91,17 @@ impl GuestAgent {
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
             .map_err(|source| AgentError::Connect { socket: socket.to_owned(), source })?;
         let (read, write) = stream.into_split();
-        let lines = Lines::with_max(read, LINE_BYTES_MAX);
-        let mut agent = Self { socket: socket.to_owned(), lines, write, out_of_step: true };
+        Self::over(socket, read, write).await
+    }
+
+    /// The same over a stream that is connected already. `socket` is where a thaw that failed is tried again.
+    pub async fn over(
+        socket: &Path,
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Self, AgentError> {
+        let lines = Lines::with_max(Box::new(read) as Box<dyn AsyncRead + Send + Unpin>, LINE_BYTES_MAX);
+        let mut agent = Self { socket: socket.to_owned(), lines, write: Box::new(write), out_of_step: true };
         agent.sync().await?;
         Ok(agent)
     }
@@ -116,7 +129,10 @@ impl GuestAgent {
 
     async fn count(&mut self, command: &'static str, limit: Duration) -> Result<u64, AgentError> {
         let answer = self.call(command, limit).await?;
-        answer.as_u64().ok_or_else(|| AgentError::Broken { command, why: format!("{answer} is not a count") })
+        answer.as_u64().ok_or_else(|| AgentError::Broken {
+            command,
+            why: format!("{} is not a count", tidy(&answer.to_string())),
+        })
     }
 
     async fn call(&mut self, command: &'static str, limit: Duration) -> Result<Value, AgentError> {
@@ -134,7 +150,7 @@ impl GuestAgent {
         let answer = answer.await.map_err(|_| AgentError::NoAnswer { command, after: limit })??;
         self.out_of_step = false;
         if let Some(error) = answer.get("error") {
-            let desc = error["desc"].as_str().unwrap_or("it gave no reason").chars().take(500).collect();
+            let desc = tidy(error["desc"].as_str().unwrap_or("it gave no reason"));
             return Err(AgentError::Refused { command, desc });
         }
         Ok(answer["return"].clone())

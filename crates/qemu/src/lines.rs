@@ -7,6 +7,12 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 /// The longest line that is taken, in bytes. QEMU's whole schema is a quarter of a mebibyte.
 pub(crate) const LINE_BYTES_MAX: usize = 16 << 20;
 
+/// The start of a text that a guest or a QEMU wrote, without what would control a terminal.
+pub(crate) fn tidy(text: &str) -> String {
+    const CHARS_MAX: usize = 500;
+    text.chars().take(CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 #[derive(Debug)]
 pub(crate) struct Lines<R> {
     reader: BufReader<R>,

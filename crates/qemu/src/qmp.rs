@@ -14,15 +14,14 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::error::{Error, ErrorClass};
-use crate::lines::Lines;
+use crate::lines::{Lines, tidy};
 
 /// How long a command may take unless something else is said: creating and deleting can wait for a slow disk.
 const COMMAND_TIME: Duration = Duration::from_secs(30);
@@ -167,20 +166,38 @@ impl Qmp {
         let stream = timeout_at(deadline, open(socket)).await.map_err(|_| busy())??;
         let (read, write) = stream.into_split();
         let mut lines = Lines::new(read);
-        let gone = |why: String| Error::Gone { socket: socket.to_owned(), why };
-        let line = timeout_at(deadline, lines.next()).await.map_err(|_| busy())?;
-        let line = line.map_err(|error| gone(error.to_string()))?;
-        let line = line.ok_or_else(|| gone("it was closed before the greeting".into()))?;
-        let greeting: Greeting = serde_json::from_slice(&line).map_err(|error| Error::Answer {
-            command: format!("our connection to {}", socket.display()),
-            why: format!("this is not a QMP greeting ({error})"),
-        })?;
-        let qmp = Self::start(socket, greeting.qmp.version.qemu, lines, write);
+        let greeted = timeout_at(deadline, greeting(socket, &mut lines)).await;
+        Self::agree(socket, greeted.map_err(|_| busy())??, lines, write).await
+    }
+
+    /// The same over a stream that is connected already; waits for the greeting as long as it takes. `socket` is
+    /// what messages call it.
+    pub async fn over(
+        socket: &Path,
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Self, Error> {
+        let mut lines = Lines::new(read);
+        let version = greeting(socket, &mut lines).await?;
+        Self::agree(socket, version, lines, write).await
+    }
+
+    async fn agree(
+        socket: &Path,
+        version: Version,
+        lines: Lines<impl AsyncRead + Send + Unpin + 'static>,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Self, Error> {
+        let qmp = Self::start(socket, version, lines, write);
         qmp.run(Command::bare("qmp_capabilities")).await?;
         Ok(qmp)
     }
 
-    fn start(socket: &Path, version: Version, lines: Lines<OwnedReadHalf>, write: OwnedWriteHalf) -> Self {
+    fn start<R, W>(socket: &Path, version: Version, lines: Lines<R>, write: W) -> Self
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
         let (outgoing, queued) = mpsc::channel(QUEUE);
         let shared = Arc::new(Shared {
             socket: socket.to_owned(),
@@ -335,18 +352,30 @@ impl Shared {
             return Ok(());
         }
         let answer = match (message.result, message.error) {
-            (_, Some(refusal)) => Err((refusal.class.as_str().into(), refusal.desc)),
+            (_, Some(refusal)) => Err((refusal.class.as_str().into(), tidy(&refusal.desc))),
             (Some(result), None) => Ok(result),
             (None, None) => return Err("it sent a message that is neither an answer nor an event".into()),
         };
         let Some(id) = message.id else {
-            return Err(format!("it did not understand what we sent: {answer:?}"));
+            return Err(tidy(&format!("it did not understand what we sent: {answer:?}")));
         };
         if let Some(asked) = self.waiting().remove(&id) {
             let _ = asked.send(answer); // the one who asked has just given up
         }
         Ok(())
     }
+}
+
+/// What QEMU says first.
+async fn greeting(socket: &Path, lines: &mut Lines<impl AsyncRead + Unpin>) -> Result<Version, Error> {
+    let gone = |why: String| Error::Gone { socket: socket.to_owned(), why };
+    let line = lines.next().await.map_err(|error| gone(error.to_string()))?;
+    let line = line.ok_or_else(|| gone("it was closed before the greeting".into()))?;
+    let greeting: Greeting = serde_json::from_slice(&line).map_err(|error| Error::Answer {
+        command: format!("our connection to {}", socket.display()),
+        why: format!("this is not a QMP greeting ({error})"),
+    })?;
+    Ok(greeting.qmp.version.qemu)
 }
 
 /// Opens the socket; while its queue of connections is full, the kernel says "try again".
@@ -362,7 +391,7 @@ async fn open(socket: &Path) -> Result<UnixStream, Error> {
     }
 }
 
-async fn read_all(mut lines: Lines<OwnedReadHalf>, shared: Arc<Shared>) {
+async fn read_all(mut lines: Lines<impl AsyncRead + Unpin>, shared: Arc<Shared>) {
     let why = loop {
         match lines.next().await {
             Ok(Some(line)) if line.is_empty() => {}
@@ -378,7 +407,11 @@ async fn read_all(mut lines: Lines<OwnedReadHalf>, shared: Arc<Shared>) {
     shared.close(why);
 }
 
-async fn write_all(mut queued: mpsc::Receiver<Vec<u8>>, mut write: OwnedWriteHalf, shared: Arc<Shared>) {
+async fn write_all(
+    mut queued: mpsc::Receiver<Vec<u8>>,
+    mut write: impl AsyncWrite + Unpin,
+    shared: Arc<Shared>,
+) {
     while let Some(lines) = queued.recv().await {
         if let Err(error) = write.write_all(&lines).await {
             // The reader may still find a better reason; it is the same end.
@@ -391,6 +424,7 @@ async fn write_all(mut queued: mpsc::Receiver<Vec<u8>>, mut write: OwnedWriteHal
 mod tests {
     use tokio::io::{AsyncBufReadExt, BufReader};
     use tokio::net::UnixListener;
+    use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
     use super::*;
 

@@ -87,6 +87,15 @@ impl Vm {
         Ok(vm)
     }
 
+    /// A VM whose monitor we have already, and whose NBD server is on this socket. Nothing is asked.
+    #[must_use]
+    pub fn over(qmp: Qmp, id: VmId, nbd_socket: PathBuf) -> Self {
+        let nbd = NbdAccess::Existing(nbd_socket.clone());
+        let names = Names::new(id);
+        let inner = Inner { qmp, names, nbd, nbd_socket, breaks_snapshot: false, changing: Arc::default() };
+        Self { inner: Arc::new(inner) }
+    }
+
     /// QEMU's version.
     #[must_use]
     pub fn version(&self) -> Version {

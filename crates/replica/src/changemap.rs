@@ -40,13 +40,17 @@ impl ChangeMap {
         let fresh = !files.exists(path)?;
         let file = files.open_or_create(path)?;
         let map = Self { file, path: path.to_path_buf(), page: None };
-        let known = map.file.len().map_err(Error::io("reading", path))? / ENTRY_BYTES;
+        let mut known = map.file.len().map_err(Error::io("reading", path))? / ENTRY_BYTES;
         let wanted = base_bytes.div_ceil(CHANGE_CHUNK_BYTES);
-        let unknown =
-            vec![applied.0.to_le_bytes(); usize::try_from(wanted.saturating_sub(known)).unwrap_or(0)];
-        map.file
-            .write_all_at(unknown.as_flattened(), known * ENTRY_BYTES)
-            .map_err(Error::io("writing", path))?;
+        // Page by page: memory does not grow with the disk.
+        while known < wanted {
+            let entries = PAGE_ENTRIES.min(wanted - known);
+            let unknown = vec![applied.0.to_le_bytes(); usize::try_from(entries).unwrap_or(0)];
+            map.file
+                .write_all_at(unknown.as_flattened(), known * ENTRY_BYTES)
+                .map_err(Error::io("writing", path))?;
+            known += entries;
+        }
         if fresh && let Some(folder) = path.parent() {
             durable_step("replica::map::made");
             files.sync_folder(folder)?;
@@ -109,10 +113,17 @@ pub(crate) fn changed_after(
 ) -> Result<Vec<Extent>> {
     let Some(file) = file else { return Ok(chain::changed_since([], after, base_bytes)) };
     let len = file.len().map_err(Error::io("reading", path))?;
-    let wanted = (base_bytes.div_ceil(CHANGE_CHUNK_BYTES) * ENTRY_BYTES).min(len / ENTRY_BYTES * ENTRY_BYTES);
-    let mut bytes = vec![0; usize::try_from(wanted).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0).map_err(Error::io("reading", path))?;
-    Ok(chain::changed_since(entries(&bytes), after, base_bytes))
+    let known = base_bytes.div_ceil(CHANGE_CHUNK_BYTES).min(len / ENTRY_BYTES);
+    let mut failed = None;
+    let pages = (0..known).step_by(PAGE_ENTRIES as usize).map_while(|first| {
+        let wanted = PAGE_ENTRIES.min(known - first) * ENTRY_BYTES;
+        let mut bytes = vec![0; usize::try_from(wanted).unwrap_or(0)];
+        let read = file.read_exact_at(&mut bytes, first * ENTRY_BYTES);
+        failed = read.map_err(Error::io("reading", path)).err();
+        failed.is_none().then(|| entries(&bytes).collect::<Vec<_>>())
+    });
+    let changed = chain::changed_since(pages.flatten(), after, base_bytes);
+    failed.map_or(Ok(changed), Err)
 }
 
 #[cfg(test)]

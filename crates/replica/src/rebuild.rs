@@ -178,7 +178,7 @@ fn find_logs(folder: &Folder) -> Result<Vec<Found>> {
 
 fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
     let base = description.base.clone();
-    let total_bytes = description.disks.iter().map(|disk| disk.size_bytes).sum();
+    let total_bytes = description.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add);
     let mut disks: Vec<_> = description.disks.iter().map(|disk| disk.name.clone()).collect();
     disks.extend(
         base.disks

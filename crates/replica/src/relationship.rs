@@ -7,6 +7,7 @@ use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, 
 use steps::durable_step;
 
 use crate::error::{Error, Refused, Result};
+use crate::folder::Folder;
 use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -66,6 +67,7 @@ impl Store {
     fn create(&self, peer: &str, offer: Offer) -> Result<Standing> {
         let now = self.now();
         let folder = self.home(offer.vm);
+        self.check_space(&Folder { files: self.files(), path: self.inner.config.dir.join("vms") }, 0)?;
         // What lies there is of a replica whose removal was cut off.
         folder.files.remove_folder(&folder.path)?;
         folder.create()?;
@@ -219,7 +221,7 @@ fn standing(state: &State) -> Standing {
 }
 
 fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
-    let total_bytes = offer.disks.iter().map(|disk| disk.size_bytes).sum();
+    let total_bytes = offer.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add);
     let disks: Vec<DiskName> = offer.disks.iter().map(|disk| disk.name.clone()).collect();
     VmDoc {
         primary_name: offer.primary_name.clone(),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::Repository;
 use crate::error::Error;
 use crate::id::{BackupId, Id};
-use crate::manifest::{BackupDisk, MANIFEST_FILE, Manifest};
+use crate::manifest::{BackupDisk, FORMAT, MANIFEST_FILE, Manifest};
 use crate::rustic::{FileKind, Snapshot};
 
 /// The tag that all our snapshots have.
@@ -117,6 +117,12 @@ impl Repository {
             },
         };
         let manifest = description.manifest;
+        if manifest.format != FORMAT {
+            return Err(format!(
+                "its manifest has format {}, this program knows {FORMAT}; use the Afterimage that made it",
+                manifest.format
+            ));
+        }
         Ok(Some(BackupInfo {
             id: BackupId(*id),
             vm: manifest.vm,

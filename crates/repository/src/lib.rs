@@ -21,6 +21,8 @@ mod crypto;
 mod cutter;
 mod direct;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
 mod index;
 mod info;
@@ -149,12 +151,7 @@ impl Repository {
         let ids = std::mem::take(&mut file.ok_or_else(|| format!("it has no file {name}"))?.content);
         // The index has the lengths too, as long as it has all chunks.
         let lengths = lengths.or_else(|why| self.indexed_lengths(&ids).ok_or(why))?;
-        let list = list::decode(&ids, &lengths, disk.size_bytes)
-            .map_err(|why| format!("the list of chunks of disk {} is damaged: {why}", disk.name))?;
-        if list::digest(disk.size_bytes, &list) != disk.digest {
-            return Err(format!("the list of chunks of disk {} has not the manifest's digest", disk.name));
-        }
-        Ok(list)
+        list_of(disk, &ids, &lengths)
     }
 
     /// The lengths of these chunks as the index has them.
@@ -192,6 +189,16 @@ impl Repository {
         }
         Ok(whole)
     }
+}
+
+/// A disk's chunks from the two halves of their list; else what is wrong with it.
+fn list_of(disk: &BackupDisk, ids: &[Id], lengths: &[u8]) -> Result<Vec<Chunk>, String> {
+    let list = list::decode(ids, lengths, disk.size_bytes)
+        .map_err(|why| format!("the list of chunks of disk {} is damaged: {why}", disk.name))?;
+    if list::digest(disk.size_bytes, &list) != disk.digest {
+        return Err(format!("the list of chunks of disk {} has not the manifest's digest", disk.name));
+    }
+    Ok(list)
 }
 
 impl std::fmt::Debug for Repository {

@@ -37,7 +37,7 @@ pub(crate) struct Site {
 impl Commands for Site {
     async fn run(self: Arc<Self>, request: Request, reporter: Reporter) -> Result<Value, Failure> {
         match request {
-            Request::PeerInvite { name, vms } => self.invite(&name, &vms).await,
+            Request::PeerInvite { name, vms, quota_bytes } => self.invite(&name, &vms, quota_bytes).await,
             Request::PeerAccept { invite } => self.accept(&invite).await,
             Request::PeerList => Ok(json!({ "peers": self.peers.list() })),
             Request::PeerRemove { name } => self.remove_peer(&name).await,
@@ -69,8 +69,8 @@ impl Commands for Site {
 }
 
 impl Site {
-    async fn invite(&self, name: &VmName, vms: &str) -> Result<Value, Failure> {
-        let invite = self.peers.invite(name, vms, self.config.advertised()?).await?;
+    async fn invite(&self, name: &VmName, vms: &str, quota_bytes: Option<u64>) -> Result<Value, Failure> {
+        let invite = self.peers.invite(name, vms, quota_bytes, self.config.advertised()?).await?;
         Ok(json!({ "invite": invite.to_string(), "expires_at": rfc3339(invite.expires_at), "peer": name }))
     }
 
@@ -209,7 +209,7 @@ impl Site {
         let disks: Vec<Value> = hold
             .disks
             .iter()
-            .map(|disk| json!({ "name": disk.name, "path": disk.path, "bytes": disk.size_bytes }))
+            .map(|disk| json!({ "name": disk.name, "path": disk.path, "format": "raw", "bytes": disk.size_bytes }))
             .collect();
         Ok(json!({
             "hold": hold.id, "point": hold.point.id, "number": hold.point.number,

@@ -87,11 +87,13 @@ pub struct Replica {
     pub apply_workers: usize,
     /// How long other programs may read the flat files at the most, in minutes.
     pub hold_max_min: u64,
+    /// No peer may have more VMs here.
+    pub vms_per_peer: usize,
 }
 
 impl Default for Replica {
     fn default() -> Self {
-        Self { free_reserve_mib: 1024, apply_workers: 2, hold_max_min: 24 * 60 }
+        Self { free_reserve_mib: 1024, apply_workers: 2, hold_max_min: 24 * 60, vms_per_peer: 10_000 }
     }
 }
 
@@ -181,10 +183,19 @@ impl Config {
             ),
             _ => Failure::io("read", &path, &error),
         })?;
-        let config: Self = toml::from_str(&text)
-            .map_err(|error| Failure::new(Code::Config, format!("{}: {error}", path.display())))?;
-        config.check().map_err(|why| Failure::new(Code::Config, format!("{}: {why}", path.display())))?;
-        Ok(config)
+        Self::parse(&text).map_err(|why| Failure::new(Code::Config, format!("{}: {why}", path.display())))
+    }
+
+    /// Reads and checks the text of a `config.toml`; else what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.check().map(|()| config)
+    }
+
+    /// The text of a new site's `config.toml`.
+    #[must_use]
+    pub fn template(name: &str, listen: SocketAddr) -> String {
+        template(name, listen)
     }
 
     fn check(&self) -> Result<(), String> {
@@ -200,6 +211,7 @@ impl Config {
             ("replication.interval-min-s", replication.interval_min_s, 1..=900),
             ("replica.apply-workers", self.replica.apply_workers as u64, 1..=64),
             ("replica.hold-max-min", self.replica.hold_max_min, 1..=7 * 24 * 60),
+            ("replica.free-reserve-mib", self.replica.free_reserve_mib, 0..=1 << 30),
             ("health.missed-percent", u64::from(self.health.missed_percent), 1..=100),
             ("backup.at-once", self.backup.at_once as u64, 1..=64),
             ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
@@ -311,6 +323,7 @@ backoff-s = [{backoff}]          # delays after failed cycles; the last one agai
 free-reserve-mib = {reserve}     # new logs are refused when less is free
 apply-workers = {workers}        # VMs whose logs are applied at the same time
 hold-max-min = {hold}            # the longest hold of the flat files
+vms-per-peer = {vms}             # no peer may have more VMs here
 
 [health]
 missed-percent = {missed}        # Warning above this share of missed cycles
@@ -341,6 +354,7 @@ password-file = "repository.password"
         reserve = replica.free_reserve_mib,
         workers = replica.apply_workers,
         hold = replica.hold_max_min,
+        vms = replica.vms_per_peer,
         missed = health.missed_percent,
         warning = health.warning_after_s,
         critical = health.critical_after_s,
@@ -361,8 +375,7 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<Config, String> {
-        let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
-        config.check().map(|()| config)
+        Config::parse(text)
     }
 
     #[test]

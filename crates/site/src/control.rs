@@ -5,6 +5,8 @@
 //! was begun.
 
 use std::convert::Infallible;
+use std::fs::{File, Permissions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -74,10 +77,21 @@ pub(crate) async fn listen(path: &Path) -> Result<UnixListener, Failure> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed("remove", error)),
         _ => {}
     }
-    let listener = UnixListener::bind(path).map_err(|error| failed("listen on", error))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .map_err(|error| failed("protect", error))?;
-    Ok(listener)
+    bind_private(path).map_err(|error| failed("listen on", error))
+}
+
+/// Commands that may wait for the site to accept them.
+const BACKLOG: i32 = 128;
+
+/// A socket that is at no moment open to others: its file gets the mode that the socket has when it is bound.
+fn bind_private(path: &Path) -> std::io::Result<UnixListener> {
+    let socket = File::from(OwnedFd::from(Socket::new(Domain::UNIX, Type::STREAM, None)?));
+    socket.set_permissions(Permissions::from_mode(0o600))?;
+    let socket = Socket::from(OwnedFd::from(socket));
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.set_nonblocking(true)?;
+    socket.listen(BACKLOG)?;
+    UnixListener::from_std(OwnedFd::from(socket).into())
 }
 
 pub(crate) async fn serve<C: Commands>(listener: UnixListener, commands: Arc<C>, stop: CancellationToken) {

@@ -14,6 +14,10 @@ use wire::{
 use crate::commands::Site;
 use crate::events::{Event, Events};
 use crate::peers::Peers;
+use crate::usage::{Usage, replicas};
+
+/// When a peer that is beyond its quota may ask again.
+const QUOTA_RETRY_S: u64 = 60;
 
 /// What peers talk to.
 pub(crate) struct SiteEndpoint {
@@ -21,6 +25,8 @@ pub(crate) struct SiteEndpoint {
     peers: Arc<Peers>,
     events: Events,
     store: Store,
+    usage: Arc<Usage>,
+    vms_per_peer: usize,
 }
 
 impl SiteEndpoint {
@@ -30,7 +36,61 @@ impl SiteEndpoint {
             peers: site.peers.clone(),
             events: site.events.clone(),
             store: site.store.clone(),
+            usage: Arc::default(),
+            vms_per_peer: site.config.replica.vms_per_peer,
         }
+    }
+
+    /// Whether a peer may replicate a VM of this name; asked at every request, so that rights that were
+    /// narrowed are narrowed at once.
+    fn check_allowed(&self, peer: &Peer, name: &str) -> Result<(), Refused> {
+        if self.peers.get(&peer.name).is_some_and(|row| row.may_send(name)) {
+            return Ok(());
+        }
+        let message = format!(
+            "site {} does not let {} replicate a VM named {name}; its people can invite it again with '--vms'",
+            self.name, peer.name
+        );
+        Err(Refused::forbidden("not-authorized", message))
+    }
+
+    fn check_vm(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
+        // One that is not here is the store's to refuse.
+        self.store.name(vm).map_or(Ok(()), |name| self.check_allowed(peer, name.as_str()))
+    }
+
+    /// Refuses what would take a peer beyond its quota.
+    async fn check_quota(&self, peer: &Peer, more: u64) -> Result<(), Refused> {
+        let Some(quota) = self.peers.get(&peer.name).and_then(|row| row.quota_bytes) else { return Ok(()) };
+        let (usage, name) = (self.usage.clone(), peer.name.clone());
+        let used = self.store.run(move |store| usage.with(store, &name, more)).await;
+        if used <= quota {
+            return Ok(());
+        }
+        let message = format!(
+            "the replicas of {} take up {} MiB at site {}, which gives it {} MiB; free some there, or have it invited again with a larger '--quota'",
+            peer.name,
+            used >> 20,
+            self.name,
+            quota >> 20
+        );
+        Err(Refused::new(RefusedClass::NoSpace, "quota", message).retry_after(QUOTA_RETRY_S))
+    }
+
+    async fn check_count(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
+        if self.store.name(vm).is_some() {
+            return Ok(());
+        }
+        let name = peer.name.clone();
+        let count = self.store.run(move |store| replicas(store, &name)).await;
+        if count < self.vms_per_peer {
+            return Ok(());
+        }
+        let message = format!(
+            "{} has {count} VMs at site {}, and no more are taken; see 'vms-per-peer' in its config.toml",
+            peer.name, self.name
+        );
+        Err(Refused::forbidden("too-many-vms", message))
     }
 
     /// Calls the store, which reads and writes files, on a thread that may wait.
@@ -92,14 +152,8 @@ impl Endpoint for SiteEndpoint {
     }
 
     async fn offer(&self, peer: &Peer, offer: Offer) -> Result<RelationshipStatus, Refused> {
-        let allowed = self.peers.get(&peer.name).is_some_and(|row| row.may_send(&offer.vm_name));
-        if !allowed {
-            let message = format!(
-                "site {} does not let {} replicate a VM named {}; its people can invite it again with '--vms'",
-                self.name, peer.name, offer.vm_name
-            );
-            return Err(Refused::forbidden("not-authorized", message));
-        }
+        self.check_allowed(peer, offer.vm_name.as_str())?;
+        self.check_count(peer, offer.vm).await?;
         let standing = self.store(peer, |store, peer| store.offer(peer, offered(offer))).await?;
         Ok(RelationshipStatus {
             durable: standing.head.number,
@@ -110,6 +164,7 @@ impl Endpoint for SiteEndpoint {
     }
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
+        self.check_vm(peer, vm)?;
         let Report { phase, error, paused } = report;
         self.store(peer, move |store, peer| store.report(peer, vm, phase, error, paused)).await
     }
@@ -125,6 +180,7 @@ impl Endpoint for SiteEndpoint {
         number: LogNumber,
         id: LogId,
     ) -> Result<UploadState, Refused> {
+        self.check_vm(peer, vm)?;
         let state = self.store(peer, move |store, peer| store.upload_state(peer, vm, number, id)).await?;
         Ok(UploadState { offset: state.offset, durable: state.durable })
     }
@@ -139,7 +195,9 @@ impl Endpoint for SiteEndpoint {
         bytes: Bytes,
         last: bool,
     ) -> Result<UploadState, Refused> {
-        let end = offset + bytes.len() as u64;
+        self.check_vm(peer, vm)?;
+        self.check_quota(peer, bytes.len() as u64).await?;
+        let end = offset.saturating_add(bytes.len() as u64);
         let append =
             move |store: &Store, peer: &str| store.append(peer, vm, number, id, offset, &bytes, last);
         let state = self.store(peer, append).await?;
@@ -150,6 +208,7 @@ impl Endpoint for SiteEndpoint {
     }
 
     async fn digests(&self, peer: &Peer, vm: VmId, request: DigestRequest) -> Result<Vec<u8>, Refused> {
+        self.check_vm(peer, vm)?;
         let DigestRequest { disk, offset, len, block_bytes } = request;
         let digests =
             move |store: &Store, peer: &str| store.digests(peer, vm, &disk, offset, len, block_bytes);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use catalog::Catalog;
@@ -39,6 +39,9 @@ pub fn init(dir: &Path, name: &str, listen: SocketAddr) -> Result<Made, Failure>
         return Err(Failure::new(Code::SiteExists, message));
     }
     make_folder(dir, 0o700)?;
+    // It may have been there, open to others: from now on it holds a key and the disks of guests.
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+        .map_err(|error| Failure::io("protect the folder", dir, &error))?;
     let no_identity = |error: IdentityError| Failure::new(Code::Io, error.to_string());
     let identity = match Identity::load(dir) {
         Ok(identity) => identity,

@@ -26,6 +26,7 @@ mod request;
 mod serve;
 mod source;
 mod status;
+mod usage;
 
 pub use backup::open_repository;
 pub use clock::rfc3339;

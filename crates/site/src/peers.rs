@@ -28,6 +28,9 @@ const TABLES: &[&str] = &["
         vms         TEXT NOT NULL,
         expires_at  INTEGER NOT NULL
     ) STRICT;
+", "
+    ALTER TABLE peers ADD COLUMN quota_bytes INTEGER;       -- what its replicas may take up here; NULL: all there is
+    ALTER TABLE invites ADD COLUMN quota_bytes INTEGER;
 "];
 
 /// How long an invite is good for.
@@ -44,6 +47,8 @@ pub struct PeerRow {
     pub fingerprint: Fingerprint,
     /// Which VMs it may replicate to this site.
     pub vms: String,
+    /// How much its replicas may take up at this site; none for as much as there is.
+    pub quota_bytes: Option<u64>,
     /// Since when.
     #[serde(serialize_with = "serialize_moment")]
     pub since: Timestamp,
@@ -66,7 +71,7 @@ impl Peers {
     pub fn open(catalog: Catalog, identity: Identity) -> Result<Self, Failure> {
         catalog.migrate("peers", TABLES)?;
         let rows = catalog.read(|c| {
-            c.prepare("SELECT name, address, fingerprint, vms, since FROM peers")?
+            c.prepare("SELECT name, address, fingerprint, vms, since, quota_bytes FROM peers")?
                 .query_map([], read_peer)?
                 .collect::<rusqlite::Result<Vec<_>>>()
         })?;
@@ -99,7 +104,13 @@ impl Peers {
     }
 
     /// An invite for a site that will be called `name`.
-    pub async fn invite(&self, name: &VmName, vms: &str, address: String) -> Result<Invite, Failure> {
+    pub async fn invite(
+        &self,
+        name: &VmName,
+        vms: &str,
+        quota_bytes: Option<u64>,
+        address: String,
+    ) -> Result<Invite, Failure> {
         if self.get(name.as_str()).is_some() {
             return Err(Failure::new(
                 Code::Exists,
@@ -118,8 +129,8 @@ impl Peers {
             .change(move |tx| {
                 tx.execute("DELETE FROM invites WHERE expires_at < ?1", [now().0])?;
                 tx.execute(
-                    "INSERT INTO invites VALUES (?1, ?2, ?3, ?4)",
-                    params![hash, name, vms, expires_at.0],
+                    "INSERT INTO invites VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![hash, name, vms, expires_at.0, quota_bytes],
                 )
             })
             .await?;
@@ -134,23 +145,34 @@ impl Peers {
         fingerprint: Fingerprint,
         address: String,
     ) -> Result<PeerRow, Failure> {
+        let unknown = || {
+            Failure::new(
+                Code::Invite,
+                "this invite is not known here: it was used, has expired, or is another site's; ask for a new one",
+            )
+        };
         let hash = String::from(secret);
+        // A guess costs a look into memory, not a write to the disk.
+        let known = "SELECT 1 FROM invites WHERE secret_hash = ?1";
+        if self.catalog.read(|c| c.query_row(known, [&hash], |_| Ok(())).optional())?.is_none() {
+            return Err(unknown());
+        }
         durable_step("site::peer::admitting");
         let row = self
             .catalog
             .change(move |tx| {
                 let invite = tx
                     .query_row(
-                        "SELECT name, vms, expires_at FROM invites WHERE secret_hash = ?1",
+                        "SELECT name, vms, expires_at, quota_bytes FROM invites WHERE secret_hash = ?1",
                         [&hash],
-                        |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?)),
+                        |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, i64>(2)?, row.get(3)?)),
                     )
                     .optional()?;
                 tx.execute("DELETE FROM invites WHERE secret_hash = ?1", [&hash])?;
                 let since = now();
                 match invite {
-                    Some((name, vms, expires_at)) if expires_at >= since.0 => {
-                        let row = PeerRow { name, address, fingerprint, vms, since };
+                    Some((name, vms, expires_at, quota_bytes)) if expires_at >= since.0 => {
+                        let row = PeerRow { name, address, fingerprint, vms, quota_bytes, since };
                         row.put(tx)?;
                         Ok(Some(row))
                     }
@@ -159,12 +181,7 @@ impl Peers {
             })
             .await?;
         durable_step("site::peer::admitted");
-        let row = row.ok_or_else(|| {
-            Failure::new(
-                Code::Invite,
-                "this invite is not known here: it was used, has expired, or is another site's; ask for a new one",
-            )
-        })?;
+        let row = row.ok_or_else(unknown)?;
         self.keep(row.clone())?;
         Ok(row)
     }
@@ -176,7 +193,7 @@ impl Peers {
         address: String,
         fingerprint: Fingerprint,
     ) -> Result<PeerRow, Failure> {
-        let row = PeerRow { name, address, fingerprint, vms: "*".into(), since: now() };
+        let row = PeerRow { name, address, fingerprint, vms: "*".into(), quota_bytes: None, since: now() };
         let taken = self.get(&row.name).filter(|peer| peer.fingerprint != fingerprint);
         if let Some(peer) = taken {
             return Err(Failure::new(
@@ -240,16 +257,16 @@ impl PeerRow {
         let fingerprint = self.fingerprint.to_string();
         tx.execute("DELETE FROM peers WHERE fingerprint = ?1 OR name = ?2", [&fingerprint, &self.name])?;
         tx.execute(
-            "INSERT INTO peers VALUES (?1, ?2, ?3, ?4, ?5)",
-            params![self.name, self.address, fingerprint, self.vms, self.since.0],
+            "INSERT INTO peers VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            params![self.name, self.address, fingerprint, self.vms, self.since.0, self.quota_bytes],
         )?;
         Ok(())
     }
 
     /// Whether the peer may replicate a VM of this name to this site.
     #[must_use]
-    pub fn may_send(&self, vm: &VmName) -> bool {
-        matches(&self.vms, vm.as_str())
+    pub fn may_send(&self, vm: &str) -> bool {
+        matches(&self.vms, vm)
     }
 }
 
@@ -268,6 +285,7 @@ fn read_peer(row: &rusqlite::Row<'_>) -> rusqlite::Result<PeerRow> {
         fingerprint: parsed(row, 2)?,
         vms: row.get(3)?,
         since: Timestamp(row.get(4)?),
+        quota_bytes: row.get(5)?,
     })
 }
 
@@ -311,16 +329,20 @@ mod tests {
             Peers::open(Catalog::open(folder.join("catalog.sqlite")).unwrap(), identity).unwrap()
         };
         let (inviter, guest) = (open("head"), open("branch"));
-        let invite = inviter.invite(&"branch".parse().unwrap(), "web-*", "h:1".into()).await.unwrap();
+        let invite =
+            inviter.invite(&"branch".parse().unwrap(), "web-*", Some(7 << 20), "h:1".into()).await.unwrap();
         let fingerprint = guest.identity.fingerprint();
         let admit = || inviter.admit(invite.secret.hash(), fingerprint, "b:1".into());
         let row = admit().await.unwrap();
-        assert_eq!((row.name.as_str(), row.vms.as_str()), ("branch", "web-*"));
-        assert!(row.may_send(&"web-1".parse().unwrap()) && !row.may_send(&"db".parse().unwrap()));
+        assert_eq!(
+            (row.name.as_str(), row.vms.as_str(), row.quota_bytes),
+            ("branch", "web-*", Some(7 << 20))
+        );
+        assert!(row.may_send("web-1") && !row.may_send("db"));
         assert_eq!(admit().await.unwrap_err().code, Code::Invite);
         assert_eq!(inviter.by_fingerprint(&fingerprint), Some(row.clone()));
         assert_eq!(
-            inviter.invite(&"branch".parse().unwrap(), "*", "h:1".into()).await.unwrap_err().code,
+            inviter.invite(&"branch".parse().unwrap(), "*", None, "h:1".into()).await.unwrap_err().code,
             Code::Exists
         );
         inviter.remove("branch").await.unwrap();

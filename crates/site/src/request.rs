@@ -19,6 +19,9 @@ pub enum Request {
         name: VmName,
         /// Which VMs it may replicate to this site: a pattern with `*`.
         vms: String,
+        /// How many bytes its replicas may take up here; none for as much as there is.
+        #[serde(default)]
+        quota_bytes: Option<u64>,
     },
     /// Accepts an invite of another site.
     PeerAccept {

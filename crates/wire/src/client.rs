@@ -19,7 +19,7 @@ use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
     DigestRequest, ErrorBody, Introduction, Offer, RelationshipStatus, Report, SiteInfo, UploadState,
-    check_site_name,
+    check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
 use crate::tls;
@@ -266,7 +266,11 @@ fn judge(status: StatusCode, body: Bytes) -> Result<Bytes> {
         _ => ErrorKind::Refused,
     };
     match serde_json::from_slice::<ErrorBody>(&body) {
-        Ok(body) => Err(Error::refusal(kind, body.error)),
+        Ok(mut body) => {
+            tidy(&mut body.error.message);
+            tidy(&mut body.error.code);
+            Err(Error::refusal(kind, body.error))
+        }
         Err(_) => Err(Error::protocol(format!(
             "it answers {status} and gives no reason; is that an Afterimage site of this version?"
         ))),

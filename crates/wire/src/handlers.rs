@@ -25,6 +25,13 @@ type Answer = Result<Response, Denied>;
 
 /// `POST /v1/peers`
 pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    // One who has guessed too often is not even read.
+    if let Some(left) = call.network().and_then(|network| call.site.wrong_secrets.is_over(network)) {
+        let message = "too many invites from there were wrong; try again later";
+        let refused = Refused::new(RefusedClass::Busy, codes::TOO_MANY_ATTEMPTS, message);
+        let refused = refused.retry_after(left.as_secs().max(1));
+        return Err(Denied { status: StatusCode::TOO_MANY_REQUESTS, refused });
+    }
     let introduction: Introduction = read_json(body, &call.site.limits).await?;
     check_site_name(&introduction.name).map_err(|error| bad_body(error.to_string()))?;
     check_address(&introduction.address).map_err(|error| bad_body(error.to_string()))?;
@@ -38,14 +45,21 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
         fingerprint,
         remote: client.remote,
     };
-    let site = call.site.endpoint.accept_invite(newcomer).await?;
-    Ok(json(StatusCode::OK, &site))
+    match call.site.endpoint.accept_invite(newcomer).await {
+        Ok(site) => Ok(json(StatusCode::OK, &site)),
+        Err(refused) => {
+            call.site.wrong_secrets.count(crate::doors::network(client.remote.ip()));
+            Err(refused.into())
+        }
+    }
 }
 
 /// `PUT /v1/relationships/{vm}`
 pub(crate) async fn offer<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
     let vm: VmId = call.id("vm")?;
-    let offer: Offer = read_json(body, &call.site.limits).await?;
+    let mut offer: Offer = read_json(body, &call.site.limits).await?;
+    offer.tidy();
+    offer.check().map_err(bad_body)?;
     if offer.vm != vm {
         return Err(bad_body(format!("the offer is of VM {}, the address of VM {vm}", offer.vm)));
     }
@@ -62,7 +76,8 @@ pub(crate) async fn withdraw<E: Endpoint>(call: Arc<Call<E>>, _body: Body) -> An
 /// `POST /v1/relationships/{vm}/report`
 pub(crate) async fn report<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
     let vm = call.id("vm")?;
-    let report: Report = read_json(body, &call.site.limits).await?;
+    let mut report: Report = read_json(body, &call.site.limits).await?;
+    report.tidy();
     call.site.endpoint.report(call.peer()?, vm, report).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
@@ -84,7 +99,11 @@ pub(crate) async fn digests<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answ
             model::BLOCK_BYTES
         )));
     }
-    let digests = call.site.endpoint.digests(call.peer()?, vm, request).await?;
+    let peer = call.peer()?;
+    let limits = &call.site.limits;
+    let turn = tokio::time::timeout(limits.segment_turn, call.site.digests.take(peer.fingerprint)).await;
+    let _turn = turn.map_err(|_| busy("more digests are asked for than this site computes at once"))?;
+    let digests = call.site.endpoint.digests(peer, vm, request).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], digests).into_response())
 }
 
@@ -109,15 +128,15 @@ pub(crate) async fn append<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answe
     let (vm, number, id) = log_of(&call)?;
     let Query(place) = Query::<Place>::try_from_uri(&call.parts.uri)
         .map_err(|error| bad_id(format!("the query is not ?offset=N&last=true|false: {error}")))?;
-    check_length(&body, SEGMENT_BYTES)?;
-    let limits = &call.site.limits;
-    let room = tokio::time::timeout(limits.segment_turn, call.site.segments.acquire()).await;
-    let Ok(Ok(_room)) = room else {
-        let message = "more uploads arrive than this site takes at once";
-        return Err(Refused::new(RefusedClass::Busy, codes::BUSY, message).retry_after(BUSY_RETRY_S).into());
-    };
-    let bytes = read_segment(body, limits).await?;
+    let length = check_length(&body, SEGMENT_BYTES)?;
+    if place.offset.checked_add(length as u64).is_none() {
+        return Err(bad_id(format!("no log has {length} bytes from offset {} on", place.offset)));
+    }
     let peer = call.peer()?;
+    let limits = &call.site.limits;
+    let room = tokio::time::timeout(limits.segment_turn, call.site.segments.take(peer.fingerprint)).await;
+    let _room = room.map_err(|_| busy("more uploads arrive than this site takes at once"))?;
+    let bytes = read_segment(body, limits).await?;
     let _turn = call.site.locks.lock(vm).await;
     let state = call.site.endpoint.append(peer, vm, number, id, place.offset, bytes, place.last).await?;
     Ok(json(StatusCode::OK, &state))
@@ -125,6 +144,10 @@ pub(crate) async fn append<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answe
 
 fn log_of<E: Endpoint>(call: &Call<E>) -> Result<(VmId, LogNumber, LogId), Denied> {
     Ok((call.id("vm")?, LogNumber(call.id("number")?), call.id("id")?))
+}
+
+fn busy(message: &str) -> Denied {
+    Refused::new(RefusedClass::Busy, codes::BUSY, message).retry_after(BUSY_RETRY_S).into()
 }
 
 fn bad_body(message: String) -> Denied {

@@ -11,15 +11,18 @@
 //!   each [`Refused`], comes to [`Endpoint::note`] before it is answered.
 //! * A segment of a log reaches [`Endpoint::append`] whole or not at all. An upload is done only when the
 //!   replica has said that the log is durable.
-//! * Everything a stranger can make us keep or wait for is bounded ([`Limits`]).
+//! * Everything a stranger can make us keep or wait for is bounded ([`Limits`]). Whoever takes more than others
+//!   of what is bounded (connections, segments in memory, digests, lines in the events) takes it from himself.
 //!
 //! What it does not do: decide which peer may do what ([`Endpoint`]), look into logs, store anything but the
 //! [`Identity`].
 
+mod attempts;
 mod body;
 mod client;
 mod connection;
 mod digest;
+mod doors;
 mod endpoint;
 mod error;
 mod handlers;
@@ -32,6 +35,7 @@ mod messages;
 mod outgoing;
 mod routes;
 mod server;
+mod shares;
 mod socket;
 mod tls;
 mod upload;

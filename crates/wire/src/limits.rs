@@ -11,12 +11,18 @@ pub const DIGESTS_MAX: u64 = 1 << 16;
 /// Connections at once.
 pub const CONNECTIONS_MAX: usize = 512;
 /// Segments that are in memory at once, over all connections.
-pub const SEGMENTS_MAX: usize = 16;
+pub const SEGMENTS_MAX: usize = 32;
+/// Digests that are computed at once, over all connections: each may read gigabytes.
+const DIGESTS_AT_ONCE: usize = 4;
+/// Invites' secrets that may be wrong in a minute, from one network.
+const WRONG_SECRETS_MAX: u32 = 10;
+/// Refusals that are written down in a minute, for one network or peer.
+const NOTES_MAX: u32 = 30;
 
 /// The limits of a server. The defaults are for the world; tests have less patience.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at once; more wait in the listener's queue.
+    /// Connections at once; for one more, somebody who holds more than others loses one.
     pub connections: usize,
     /// How long a TLS handshake may take.
     pub handshake: Duration,
@@ -30,8 +36,14 @@ pub struct Limits {
     pub segment_body: Duration,
     /// Segments in memory at once.
     pub segments: usize,
-    /// How long a segment waits for its turn before it is refused for now.
+    /// Requests for digests at once.
+    pub digests: usize,
+    /// How long a segment, or a request for digests, waits for its turn before it is refused for now.
     pub segment_turn: Duration,
+    /// Wrong secrets in a minute from one network, before it is not listened to for the rest of it.
+    pub wrong_secrets: u32,
+    /// Refusals in a minute that come to [`crate::Endpoint::note`], of one network or one peer.
+    pub notes: u32,
     /// How long requests may go on when the server is to end.
     pub shutdown: Duration,
 }
@@ -46,7 +58,10 @@ impl Default for Limits {
             json_body: Duration::from_secs(30),
             segment_body: Duration::from_secs(600),
             segments: SEGMENTS_MAX,
+            digests: DIGESTS_AT_ONCE,
             segment_turn: Duration::from_secs(5),
+            wrong_secrets: WRONG_SECRETS_MAX,
+            notes: NOTES_MAX,
             shutdown: Duration::from_secs(10),
         }
     }

@@ -1,6 +1,6 @@
 //! What two sites say to each other, as JSON. `docs/format/wire-v1.md` describes it for other programs.
 
-use model::{DiskName, LogId, LogNumber, Phase, VmId, VmName};
+use model::{DISK_BYTES_MAX, DiskName, LogId, LogNumber, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 /// A primary tells a replica's site what it protects; made again whenever the two must be squared.
@@ -26,6 +26,82 @@ pub struct Offer {
     pub error: Option<String>,
     /// A person has paused it.
     pub paused: bool,
+}
+
+/// Disks of one VM; as many as a log can name.
+const DISKS_MAX: usize = 256;
+/// The longest interval between cycles, in seconds: a month.
+const INTERVAL_MAX_S: u64 = 31 * 86_400;
+
+impl Offer {
+    /// What is wrong with it, if it is none that a VM can have.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        check_site_name(&self.primary_name).map_err(|error| error.to_string())?;
+        if self.disks.len() > DISKS_MAX {
+            return Err(format!("a VM of {} disks is not taken; {DISKS_MAX} at most", self.disks.len()));
+        }
+        let mut sum = 0_u64;
+        for (place, OfferedDisk { name, size_bytes }) in self.disks.iter().enumerate() {
+            if self.disks[..place].iter().any(|before| before.name == *name) {
+                return Err(format!("two disks are named {name}"));
+            }
+            if *size_bytes > DISK_BYTES_MAX {
+                return Err(format!(
+                    "disk {name} has {size_bytes} bytes; at most {} TiB are taken",
+                    DISK_BYTES_MAX >> 40
+                ));
+            }
+            sum += size_bytes;
+        }
+        if sum > VM_BYTES_MAX {
+            return Err(format!("the disks have {sum} bytes; at most {} TiB are taken", VM_BYTES_MAX >> 40));
+        }
+        if !(1..=INTERVAL_MAX_S).contains(&self.interval_s) {
+            return Err(format!("an interval of {} s is none; 1 to {INTERVAL_MAX_S}", self.interval_s));
+        }
+        Ok(())
+    }
+
+    /// Makes the texts in it fit to be shown.
+    pub(crate) fn tidy(&mut self) {
+        if let Some(error) = &mut self.error {
+            tidy(error);
+        }
+        tidy_phase(&mut self.phase);
+    }
+}
+
+impl Report {
+    /// Makes the texts in it fit to be shown.
+    pub(crate) fn tidy(&mut self) {
+        if let Some(error) = &mut self.error {
+            tidy(error);
+        }
+        tidy_phase(&mut self.phase);
+    }
+}
+
+/// The longest text of a stranger that is kept, in characters.
+const TEXT_CHARS_MAX: usize = 1000;
+
+/// Cuts a text that came from elsewhere, and takes out what would control a terminal.
+pub(crate) fn tidy(text: &mut String) {
+    let tidied: String =
+        text.chars().take(TEXT_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    *text = tidied;
+}
+
+fn tidy_phase(phase: &mut Phase) {
+    if let Phase::ResyncRequired { why } = phase {
+        match why {
+            ResyncReason::BitmapLost(text)
+            | ResyncReason::BitmapInconsistent(text)
+            | ResyncReason::DiskResized(text)
+            | ResyncReason::DisksChanged(text)
+            | ResyncReason::ChainBroken(text) => tidy(text),
+            ResyncReason::Requested => {}
+        }
+    }
 }
 
 /// One disk of an [`Offer`].
@@ -204,6 +280,8 @@ pub mod codes {
     pub const TRUNCATED: &str = "truncated-body";
     /// A body came too slowly (408).
     pub const TOO_SLOW: &str = "too-slow";
+    /// Too many wrong invites came from there (429).
+    pub const TOO_MANY_ATTEMPTS: &str = "too-many-attempts";
     /// More segments arrive at once than the site takes (503).
     pub const BUSY: &str = "busy";
     /// The bytes do not continue what the replica has (409): ask for the state, then go on from there.

@@ -7,8 +7,10 @@
 //! ```
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -18,15 +20,17 @@ use axum::routing::{get, post, put};
 use http::{HeaderValue, StatusCode, header, request};
 use model::VmId;
 use serde::Serialize;
-use tokio::sync::Semaphore;
 
+use crate::attempts::{Attempts, Verdict};
 use crate::body::drain;
+use crate::doors::{Place, network};
 use crate::endpoint::{ClientIdentity, Endpoint, Peer, WireEvent};
 use crate::handlers::{accept_invite, append, digests, offer, report, upload_state, withdraw};
 use crate::identity::Fingerprint;
 use crate::limits::Limits;
 use crate::locks::VmLocks;
-use crate::messages::{ErrorBody, Refused, RefusedClass, codes};
+use crate::messages::{ErrorBody, Refused, RefusedClass, codes, tidy};
+use crate::shares::Shares;
 
 /// The routes through which peers talk to `endpoint`, to be served by [`crate::serve`], merged with others.
 pub fn router<E: Endpoint>(endpoint: Arc<E>) -> Router {
@@ -35,8 +39,15 @@ pub fn router<E: Endpoint>(endpoint: Arc<E>) -> Router {
 
 /// [`router`] with other limits than the default ones.
 pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
-    let segments = Semaphore::new(limits.segments);
-    let site = Arc::new(Site { endpoint, limits, segments, locks: VmLocks::default() });
+    let site = Arc::new(Site {
+        segments: Shares::new(limits.segments),
+        digests: Shares::new(limits.digests),
+        wrong_secrets: Attempts::new(limits.wrong_secrets, MINUTE),
+        notes: Attempts::new(limits.notes, MINUTE),
+        locks: VmLocks::default(),
+        endpoint,
+        limits,
+    });
     type Of<E> = State<Arc<Site<E>>>;
     use Admit::{AnyCertificate, Peers};
     Router::new()
@@ -69,8 +80,23 @@ pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
 pub(crate) struct Site<E> {
     pub endpoint: Arc<E>,
     pub limits: Limits,
-    pub segments: Semaphore,
+    pub segments: Shares,
+    pub digests: Shares,
+    pub wrong_secrets: Attempts<IpAddr>,
+    notes: Attempts<Who>,
     pub locks: VmLocks,
+}
+
+/// What attempts are counted in.
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Whose refusals are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Who {
+    Peer(Fingerprint),
+    Network(IpAddr),
+    /// Not even an address is known: the request did not come over a socket.
+    Nobody,
 }
 
 /// Who may ask.
@@ -155,6 +181,9 @@ impl<E: Endpoint> Call<E> {
                 return Err(unknown_peer(fingerprint).into());
             };
             self.peer = Some(peer);
+            if let Some(place) = self.parts.extensions.get::<Arc<Place>>() {
+                place.is_of(fingerprint);
+            }
         }
         Ok(())
     }
@@ -179,7 +208,33 @@ impl<E: Endpoint> Call<E> {
         })
     }
 
-    async fn deny(&self, denied: Denied) -> Response {
+    /// The network that the request came from.
+    pub fn network(&self) -> Option<IpAddr> {
+        self.client.map(|client| network(client.remote.ip()))
+    }
+
+    fn who(&self) -> Who {
+        match (&self.peer, self.network()) {
+            (Some(peer), _) => Who::Peer(peer.fingerprint),
+            (None, Some(network)) => Who::Network(network),
+            (None, None) => Who::Nobody,
+        }
+    }
+
+    async fn deny(&self, mut denied: Denied) -> Response {
+        // What a stranger wrote may stand in it.
+        tidy(&mut denied.refused.message);
+        if let Verdict::Yes { kept_back } = self.site.notes.count(self.who()) {
+            self.note(&denied, kept_back).await;
+        }
+        respond(&denied)
+    }
+
+    async fn note(&self, denied: &Denied, kept_back: u32) {
+        let mut message = denied.refused.message.clone();
+        if kept_back > 0 {
+            message.push_str(&format!(" ({kept_back} more refusals before this one were not written down)"));
+        }
         let event = WireEvent {
             remote: self.client.map(|client| client.remote),
             fingerprint: self.fingerprint(),
@@ -188,11 +243,10 @@ impl<E: Endpoint> Call<E> {
             operation: self.operation,
             status: denied.status.as_u16(),
             code: denied.refused.code.clone(),
-            message: denied.refused.message.clone(),
+            message,
         };
         tracing::debug!(?event, "refused");
         self.site.endpoint.note(event).await;
-        respond(&denied)
     }
 }
 

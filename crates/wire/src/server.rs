@@ -14,12 +14,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tower::ServiceExt;
 
+use crate::doors::{Doors, Place};
 use crate::endpoint::ClientIdentity;
 use crate::identity::{Fingerprint, Identity};
 use crate::limits::Limits;
@@ -76,17 +77,16 @@ struct Host {
 }
 
 async fn accept_all(listener: &TcpListener, host: &Host, connections: &mut JoinSet<()>) {
-    let room = Arc::new(Semaphore::new(host.limits.connections));
+    let doors = Doors::new(host.limits.connections);
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(place) = room.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((tcp, remote)) => {
                 let host = host.clone();
-                connections.spawn(async move {
-                    host.connection(tcp, remote).await;
-                    drop(place);
-                });
+                let place = Arc::new(doors.enter(remote.ip()));
+                let number = place.number();
+                let task = connections.spawn(async move { host.connection(tcp, remote, place).await });
+                doors.runs(number, task);
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -106,13 +106,13 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 type Stream = TlsStream<BufReader<TcpStream>>;
 
 impl Host {
-    async fn connection(mut self, tcp: TcpStream, remote: SocketAddr) {
+    async fn connection(mut self, tcp: TcpStream, remote: SocketAddr, place: Arc<Place>) {
         let handshake = tokio::time::timeout(self.limits.handshake, self.shake_hands(tcp));
         match handshake.await {
             Ok(Ok(stream)) => {
                 let fingerprint =
                     stream.get_ref().1.peer_certificates().and_then(|c| c.first()).map(Fingerprint::of);
-                self.requests(stream, ClientIdentity { remote, fingerprint }).await;
+                self.requests(stream, ClientIdentity { remote, fingerprint }, place).await;
             }
             Ok(Err(error)) => tracing::debug!(%remote, %error, "no TLS"),
             Err(_) => tracing::debug!(%remote, "the TLS handshake took too long"),
@@ -124,11 +124,12 @@ impl Host {
         self.acceptor.accept_with(tcp, |tls| tls.set_buffer_limit(Some(socket::TLS_BUFFER_BYTES))).await
     }
 
-    async fn requests(&mut self, stream: Stream, client: ClientIdentity) {
+    async fn requests(&mut self, stream: Stream, client: ClientIdentity, place: Arc<Place>) {
         let app = self.app.clone();
         let service = service_fn(move |request: http::Request<Incoming>| {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(client);
+            request.extensions_mut().insert(place.clone());
             app.clone().oneshot(request)
         });
         let mut http = hyper::server::conn::http1::Builder::new();

@@ -156,23 +156,6 @@ async fn too_many_digests_are_not_given() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_for_others_to_end() {
-    let raw = RawIdentity::new();
-    let limits = Limits { connections: 2, ..Limits::default() };
-    let server = Running::start_with(known(&raw), limits).await;
-    let first = raw::tls(&server.address, Some(&raw)).await;
-    let _second = raw::tls(&server.address, Some(&raw)).await;
-    let third = tokio::spawn({
-        let address = server.address.clone();
-        async move { raw::tls(&address, None).await }
-    });
-    tokio::time::sleep(SHORT).await;
-    assert!(!third.is_finished(), "no handshake before there is room");
-    drop(first);
-    tokio::time::timeout(SOON, third).await.expect("room was made").unwrap();
-}
-
-#[tokio::test]
 async fn segments_beyond_the_limit_are_refused_for_now() {
     let raw = RawIdentity::new();
     let limits = Limits { segments: 1, segment_turn: SHORT, ..Limits::default() };

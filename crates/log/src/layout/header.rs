@@ -1,6 +1,6 @@
 //! The header: who the log is, and its disks.
 
-use model::{DiskName, LogId, LogNumber, Purpose, Timestamp, VmId};
+use model::{DISK_BYTES_MAX, DiskName, LogId, LogNumber, Purpose, Timestamp, VM_BYTES_MAX, VmId};
 
 use super::{CRC_BYTES, DISK_BYTES, HEADER_BYTES, MAGIC, VERSION, check_limit, reserved};
 use crate::error::ErrorKind;
@@ -115,8 +115,15 @@ pub(crate) fn check_header(header: &Header) -> Result<(), ErrorKind> {
         if header.disks[..place].iter().any(|before| before.name == disk.name) {
             return Err(ErrorKind::DuplicateDisk(disk.name.to_string()));
         }
+        check_bytes("bytes of a disk", disk.size_bytes, DISK_BYTES_MAX)?;
     }
+    let sum = header.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add);
+    check_bytes("bytes of a VM's disks", sum, VM_BYTES_MAX)?;
     Ok(())
+}
+
+fn check_bytes(what: &'static str, found: u64, max: u64) -> Result<(), ErrorKind> {
+    if found > max { Err(ErrorKind::Limit { what, found, max }) } else { Ok(()) }
 }
 
 fn decode_disk(part: &[u8]) -> Result<DiskInfo, ErrorKind> {

@@ -28,8 +28,42 @@ impl RawIdentity {
         }
     }
 
+    /// One whose certificate has run out long ago.
+    pub fn expired() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.not_before = rcgen::date_time_ymd(2000, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2001, 1, 1);
+        let certificate = params.self_signed(&key).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        Self { certificate: certificate.der().clone(), key }
+    }
+
+    /// This one's certificate with the key of another: what a thief has who saw only what is public.
+    pub fn with_key_of(&self, other: &Self) -> Self {
+        Self { certificate: self.certificate.clone(), key: other.key.clone_key() }
+    }
+
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(&self.certificate)
+    }
+}
+
+/// Shows a certificate without asking whether the key is its own.
+#[derive(Debug)]
+struct Shows(Arc<rustls::sign::CertifiedKey>);
+
+impl rustls::client::ResolvesClientCert for Shows {
+    fn resolve(
+        &self,
+        _hints: &[&[u8]],
+        _schemes: &[SignatureScheme],
+    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+        Some(self.0.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
     }
 }
 
@@ -48,7 +82,9 @@ pub async fn connect(
     let config = match identity {
         None => builder.with_no_client_auth(),
         Some(raw) => {
-            builder.with_client_auth_cert(vec![raw.certificate.clone()], raw.key.clone_key()).unwrap()
+            let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&raw.key).unwrap();
+            let shown = rustls::sign::CertifiedKey::new(vec![raw.certificate.clone()], key);
+            builder.with_client_cert_resolver(Arc::new(Shows(Arc::new(shown))))
         }
     };
     let tcp = TcpStream::connect(address).await?;

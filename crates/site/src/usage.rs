@@ -1,0 +1,60 @@
+//! How much of this site's storage each peer takes up, held against what it may.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use replica::Store;
+
+/// So long a sum is good: it looks at every file of the peer's replicas. What has arrived since is added to it.
+const GOOD_FOR: Duration = Duration::from_secs(10);
+
+/// The sums, by peer.
+#[derive(Debug, Default)]
+pub(crate) struct Usage(Mutex<HashMap<String, Sum>>);
+
+#[derive(Debug, Clone, Copy)]
+struct Sum {
+    at: Instant,
+    bytes: u64,
+}
+
+impl Usage {
+    /// The bytes that the replicas of a peer take up here, with `more` that it is about to bring. Reads the
+    /// metadata of files: call it on a thread that may wait.
+    pub fn with(&self, store: &Store, peer: &str, more: u64) -> u64 {
+        let known = self.lock().get(peer).copied().filter(|sum| sum.at.elapsed() < GOOD_FOR);
+        let sum = known.unwrap_or_else(|| Sum { at: Instant::now(), bytes: used_bytes(store, peer) });
+        let bytes = sum.bytes.saturating_add(more);
+        self.lock().insert(peer.to_owned(), Sum { bytes, ..sum });
+        bytes
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Sum>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn used_bytes(store: &Store, peer: &str) -> u64 {
+    let all = store.list().into_iter().filter_map(|vm| store.status(vm).ok());
+    let of_peer = all.filter(|status| status.peer == peer);
+    of_peer.map(|status| allocated_bytes(&status.folder)).fold(0, u64::saturating_add)
+}
+
+/// What a folder's files take up on their disk: what is still arriving too. What goes meanwhile takes up nothing.
+fn allocated_bytes(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => allocated_bytes(&entry.path()),
+        Ok(metadata) => metadata.blocks().saturating_mul(512),
+        Err(_) => 0,
+    });
+    bytes.fold(0, u64::saturating_add)
+}
+
+/// How many replicas a peer has here.
+pub(crate) fn replicas(store: &Store, peer: &str) -> usize {
+    store.list().into_iter().filter(|vm| store.status(*vm).is_ok_and(|status| status.peer == peer)).count()
+}
