@@ -5,6 +5,7 @@
 
 mod args;
 mod demo;
+mod memory;
 mod progress;
 mod repositories;
 mod show;
@@ -20,6 +21,7 @@ use crate::args::{Arguments, Command, Failover, Peer, View};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
+    memory::bound();
     // Disks of guests, keys and passwords are for whoever runs this alone, wherever they are written.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     let arguments = match Arguments::try_parse() {
