@@ -76,6 +76,16 @@ impl Index {
         self.data.get(id).is_some_and(|entry| self.packs[entry.pack as usize].present)
     }
 
+    /// About how much memory it takes up.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        // A hash map has a byte of its own for each place, and keeps an eighth of them free.
+        let of_map = |capacity: usize, entry: usize| capacity * 8 / 7 * (entry + 1);
+        let blobs = self.data.capacity() + self.trees.capacity();
+        of_map(blobs, size_of::<(Id, Entry)>())
+            + of_map(self.loaded.capacity(), size_of::<Id>())
+            + self.packs.capacity() * size_of::<PackState>()
+    }
+
     /// Index files that could not be read, and why.
     pub(crate) fn damaged(&self) -> &[(Id, String)] {
         &self.damaged

@@ -90,6 +90,12 @@ impl Repository {
         self.store.path()
     }
 
+    /// About how much memory it takes up between two uses, in bytes: its index.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.index().memory_bytes()
+    }
+
     /// The VM's definition as it was when the backup was made.
     pub fn definition(&self, backup: &BackupInfo) -> Result<serde_json::Value, Error> {
         let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };

@@ -1,7 +1,6 @@
 //! One attempt at a backup: through the gate, to a view or a hold, into the repository. And the repositories
 //! of a site.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,30 +44,51 @@ pub(crate) fn replica_named(store: &Store, name: &VmName) -> Result<VmId, Failur
 }
 
 /// Repositories that stay open from one backup to the next: to try a password is slow on purpose, and the
-/// index of a large repository is worth keeping.
+/// index of a large repository is worth keeping. The one used last comes last.
 #[derive(Default)]
-struct OpenRepositories(Mutex<BTreeMap<PathBuf, (String, Arc<Repository>)>>);
+struct OpenRepositories(Mutex<Vec<Open>>);
+
+struct Open {
+    path: PathBuf,
+    password: String,
+    repository: Arc<Repository>,
+}
+
+/// Beside the one used last, only so much memory is spent on others: some 400,000 chunks, 400 GB of backups.
+const OTHERS_BYTES_MAX: usize = 32 << 20;
 
 impl OpenRepositories {
     /// The open one, if its password is still what it was and it is still there; else it is opened.
     fn get(&self, settings: &RepositorySettings) -> Result<Arc<Repository>, Failure> {
         let password = password(settings)?;
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((known, repository)) = open.get(&settings.path)
-            && *known == password
-            && settings.path.join("config").exists()
-        {
-            return Ok(repository.clone());
-        }
-        open.remove(&settings.path);
-        let repository = Arc::new(Repository::open(&settings.path, &password)?);
-        open.insert(settings.path.clone(), (password, repository.clone()));
+        let place = open.iter().position(|open| open.path == settings.path);
+        let known = place.map(|place| open.remove(place));
+        let kept = known.filter(|known| known.password == password && settings.path.join("config").exists());
+        let used = match kept {
+            Some(kept) => kept,
+            None => {
+                let repository = Arc::new(Repository::open(&settings.path, &password)?);
+                Open { path: settings.path.clone(), password, repository }
+            }
+        };
+        let repository = used.repository.clone();
+        let mut left = OTHERS_BYTES_MAX;
+        let fits = |open: &Open| {
+            let room = left.checked_sub(open.repository.memory_bytes());
+            left = room.unwrap_or(0);
+            room.is_some()
+        };
+        let others = open.iter().rev().map(fits).take_while(|fits| *fits).count();
+        let gone = open.len() - others;
+        open.drain(..gone);
+        open.push(used);
         Ok(repository)
     }
 
     /// After an error nothing that was kept in memory is trusted.
     fn forget(&self, settings: &RepositorySettings) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&settings.path);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|open| open.path != settings.path);
     }
 }
 
