@@ -26,6 +26,8 @@ struct Bitmap {
 struct Disk {
     name: DiskName,
     bitmaps: BTreeMap<LogNumber, Bitmap>,
+    /// The sizes that it had before, in blocks.
+    had: BTreeSet<usize>,
 }
 
 /// A moment that is fixed.
@@ -71,6 +73,7 @@ impl SimVm {
         let disk = |place: usize| Disk {
             name: format!("vd{}", char::from(b'a' + place as u8)).parse().expect("a plain name"),
             bitmaps: BTreeMap::new(),
+            had: BTreeSet::new(),
         };
         Self(Arc::new(Mutex::new(Machine {
             id: None,
@@ -134,12 +137,16 @@ impl Machine {
         self.history.write(disk, sectors, zeros);
     }
 
-    /// Gives a disk so many blocks more or less. QEMU refuses that while a moment is fixed. Disks only grow: of one
-    /// that shrinks and grows back between two cycles QEMU's bitmaps do not tell.
+    /// Gives a disk so many blocks. QEMU refuses that while a moment is fixed. No disk comes back to a size that it
+    /// had: of one that does so between two cycles QEMU's bitmaps do not tell.
     pub fn resize(&mut self, disk: usize, blocks: usize) -> bool {
-        if self.fixed.is_some() || blocks * BLOCK_SECTORS <= self.history.now().disks[disk].len() {
+        let now = self.history.now().disks[disk].len() / BLOCK_SECTORS;
+        let Disk { bitmaps, had, .. } = &mut self.disks[disk];
+        if self.fixed.is_some() || blocks == now || had.contains(&blocks) {
             return false;
         }
+        had.insert(now);
+        bitmaps.values_mut().for_each(|bitmap| bitmap.blocks.retain(|block| *block < blocks));
         self.history.resize(disk, blocks * BLOCK_SECTORS);
         true
     }

@@ -73,9 +73,12 @@ impl SimRepository {
             let part: BTreeMap<ChunkId, (String, u64, u64)> = repository.read_json("index", &file)?;
             repository.index.extend(part);
         }
-        // What is found there is built on, and whoever wrote it may have failed before it was durable.
-        disk.sync_dir(&root.join("index"))?;
         Ok(repository)
+    }
+
+    /// What is found in the index is built on, and whoever wrote it may have failed before it was durable.
+    pub fn settle(&self) -> io::Result<()> {
+        self.disk.sync_dir(&self.root.join("index"))
     }
 
     /// The names of the files of a kind; what was not renamed to its end is no file.

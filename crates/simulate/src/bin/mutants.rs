@@ -102,13 +102,14 @@ fn main() -> anyhow::Result<()> {
     for mutant in list.mutant.iter().filter(|mutant| args.only.is_empty() || args.only.contains(&mutant.name))
     {
         let tried = try_one(&program, &mutant.name, &args, args.seeds)?;
-        let seed =
-            tried.caught.as_deref().map_or("**survived**", |what| what.split(':').next().unwrap_or(what));
+        let seed = tried.caught.as_deref().map_or("**survived**", |what| {
+            what.trim_start_matches("Error: seed ").split(':').next().unwrap_or(what)
+        });
         println!(
             "| {} | {} | {} | {} | {:.1} |",
             mutant.name,
             mutant.breaks,
-            seed.trim_start_matches("Error: seed "),
+            seed,
             tried.worlds,
             tried.took.as_secs_f64()
         );
@@ -171,6 +172,8 @@ fn build(tree: &Path, target: &Path) -> anyhow::Result<PathBuf> {
         .args(["build", "-p", "afterimage-simulate", "--bin", "afterimage-simulate"])
         .current_dir(tree)
         .env("CARGO_TARGET_DIR", target)
+        // The switches have parentheses that nobody needs.
+        .env("RUSTFLAGS", "-Awarnings")
         .status()?;
     ensure!(built.success(), "the mutated tree does not build");
     Ok(target.join("debug/afterimage-simulate"))

@@ -244,6 +244,7 @@ impl World {
             return Err(Violation("a backup of a point that nobody made".into()).into());
         };
         let repository = SimRepository::open(&self.replica.disk, &self.replica.repository())?;
+        repository.settle()?;
         let mut backups = repository.backups()?;
         backups.retain(|backup| backup.vm == vm);
         let parent = choose_parent(backups, |backup| backup.point, |id| opened.view.knows_changes_since(id))?;
@@ -292,7 +293,7 @@ impl World {
         if wish.access == Access::Hold {
             let (hold, admission) = store.open_hold(admitted, LEASE)?;
             let view = hold.view(store, admission).inspect_err(|_| drop(store.release(&hold.id)))?;
-            return Ok((point, opened(view, Some(hold.id))));
+            return Ok((point, opened(view, Some((hold.id, hold.expires_at)))));
         }
         Ok((point, opened(store.open_view(admitted)?, None)))
     }
@@ -301,7 +302,8 @@ impl World {
 /// What a backup reads.
 struct Opened {
     view: ConsistentView,
-    hold: Option<String>,
+    /// Its id, and when it ends.
+    hold: Option<(String, Timestamp)>,
     store: Store,
     power: crate::power::Power,
     life: u64,
@@ -310,7 +312,7 @@ struct Opened {
 impl Drop for Opened {
     /// The dead release nothing: a hold of theirs ends by itself.
     fn drop(&mut self) {
-        if let Some(hold) = self.hold.take()
+        if let Some((hold, _)) = self.hold.take()
             && self.life == self.power.boots()
             && !self.power.is_down()
         {
@@ -422,6 +424,12 @@ impl Closing for Making<'_> {
     }
 
     fn list(self) -> Result<(), NoBackup> {
+        // What was read may be used only if it was there to the end.
+        let Opened { view, hold, .. } = &self.opened;
+        let held = hold.as_ref().is_none_or(|(_, ends)| *ends > self.world.clock(Side::Replica).now());
+        if !held || view.still_valid().is_err() {
+            return Err(Violation("a backup of what could no longer be read is listed".into()).into());
+        }
         let listed = Listed { vm: self.vm, point: self.point, disks: self.disks };
         Ok(self.repository.list_backup(&listed)?)
     }

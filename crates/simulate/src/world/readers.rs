@@ -176,9 +176,9 @@ impl World {
         if let Some(place) = which.checked_rem(reading.holds.len() as u64) {
             let open = &reading.holds[usize::try_from(place).unwrap_or(0)];
             let id = open.hold.id.clone();
-            if store.release(&id).is_ok() {
-                reading.holds.retain(|open| open.hold.id != id);
-            }
+            // Whether it has heard of that or not: nobody reads it any more.
+            let _ = store.release(&id);
+            reading.holds.retain(|open| open.hold.id != id);
         }
     }
 
@@ -196,9 +196,15 @@ impl World {
         }
         let gone: Vec<OpenView> =
             ended.into_iter().rev().map(|place| reading.views.swap_remove(place)).collect();
-        let lasting: Vec<String> = self.lasting_holds(&store);
-        reading.holds.retain(|open| lasting.contains(&open.hold.id));
+        let (lasting, now) = (self.lasting_holds(&store), self.replica.clock.latest());
+        reading.holds.retain(|open| open.hold.expires_at > now);
         for open in &reading.holds {
+            if !lasting.contains(&open.hold.id) {
+                return wrong(format!(
+                    "the hold of point {} has ended before its time",
+                    open.hold.point.number
+                ));
+            }
             for disk in &open.hold.disks {
                 let read = self.replica.observed(|| read_flat(&self.replica.disk, &disk.path));
                 flat_equals(&disk.name, &read, disk.size_bytes, &open.moment)?;

@@ -141,6 +141,7 @@ impl World {
                 *self.replica.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
                 self.note(|| "the replica's site is up".into());
                 self.jobs_after_restart();
+                self.check_bases()?;
                 self.check_backups()
             }
             Ok(_) => Ok(()),
