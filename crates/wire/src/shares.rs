@@ -100,7 +100,8 @@ mod tests {
             assert_eq!(count, gets, "{peer}");
         }
         held.clear();
-        assert_eq!((shares.lock().free, shares.lock().held.len()), (16, 0));
+        let state = shares.lock();
+        assert_eq!((state.free, state.held.len()), (16, 0));
     }
 
     #[tokio::test]
