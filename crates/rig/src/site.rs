@@ -1,8 +1,9 @@
 //! A site: the real program in a folder of its own.
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
@@ -47,17 +48,23 @@ impl Output {
 /// Ports that outgoing connections are not given: a site that is down for a while finds its own free again.
 const PORTS: std::ops::Range<u16> = 10_000..32_000;
 
+/// The port that is tried next. Whoever gets one listens on it only later: nobody else is given it in between.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
 /// An address of this machine that nobody listens on; who starts to listen soon gets it.
 pub fn free_address() -> Result<String> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    // Other processes begin elsewhere.
     let first = (u64::from(now.subsec_nanos()) / 1000 + u64::from(std::process::id()) * 7919) as usize;
-    let free = PORTS
-        .cycle()
-        .skip(first % PORTS.len())
-        .take(1000)
-        .find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok());
-    let listener = free.ok_or_else(|| Trouble("no port is free on this machine".into()))?;
-    listener.local_addr().map(|address| address.to_string()).map_err(doing("finding a free port"))
+    let _ = NEXT.compare_exchange(0, first, Ordering::SeqCst, Ordering::SeqCst);
+    for _ in 0..1000 {
+        let place = NEXT.fetch_add(1, Ordering::SeqCst) % PORTS.len();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, PORTS.start + place as u16));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address.to_string());
+        }
+    }
+    Err(Trouble("no port is free on this machine".into()))
 }
 
 impl Site {
