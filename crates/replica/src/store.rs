@@ -86,6 +86,13 @@ impl Store {
         Some(self.vms().get(&vm)?.lock().row.name.clone())
     }
 
+    /// The VMs that belong to a peer.
+    #[must_use]
+    pub fn of_peer(&self, peer: &str) -> Vec<VmId> {
+        let vms: Vec<Arc<Vm>> = self.vms().values().cloned().collect();
+        vms.iter().filter(|vm| vm.lock().row.peer == peer).map(|vm| vm.id).collect()
+    }
+
     pub(crate) fn vms(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
         self.inner.vms.read().unwrap_or_else(PoisonError::into_inner)
     }

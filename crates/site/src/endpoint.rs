@@ -14,7 +14,7 @@ use wire::{
 use crate::commands::Site;
 use crate::events::{Event, Events};
 use crate::peers::Peers;
-use crate::usage::{Usage, replicas};
+use crate::usage::Usage;
 
 /// When a peer that is beyond its quota may ask again.
 const QUOTA_RETRY_S: u64 = 60;
@@ -82,7 +82,7 @@ impl SiteEndpoint {
             return Ok(());
         }
         let name = peer.name.clone();
-        let count = self.store.run(move |store| replicas(store, &name)).await;
+        let count = self.store.run(move |store| store.of_peer(&name).len()).await;
         if count < self.vms_per_peer {
             return Ok(());
         }

@@ -38,8 +38,7 @@ impl Usage {
 }
 
 fn used_bytes(store: &Store, peer: &str) -> u64 {
-    let all = store.list().into_iter().filter_map(|vm| store.status(vm).ok());
-    let of_peer = all.filter(|status| status.peer == peer);
+    let of_peer = store.of_peer(peer).into_iter().filter_map(|vm| store.status(vm).ok());
     of_peer.map(|status| allocated_bytes(&status.folder)).fold(0, u64::saturating_add)
 }
 
@@ -52,9 +51,4 @@ fn allocated_bytes(folder: &Path) -> u64 {
         Err(_) => 0,
     });
     bytes.fold(0, u64::saturating_add)
-}
-
-/// How many replicas a peer has here.
-pub(crate) fn replicas(store: &Store, peer: &str) -> usize {
-    store.list().into_iter().filter(|vm| store.status(*vm).is_ok_and(|status| status.peer == peer)).count()
 }
