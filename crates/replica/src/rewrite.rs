@@ -2,6 +2,7 @@
 
 use files::File;
 use model::DiskName;
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -24,11 +25,15 @@ impl Store {
                 rewrite_file(&*file).map_err(Error::io("writing", &path))?;
             }
         }
+        durable_step("replica::rewrite::settling");
         folder.files.sync_folder(&folder.disks())?;
+        durable_step("replica::rewrite::settled");
         let mut state = vm.live()?;
         let mut row = state.row.clone();
         row.doc.unsure = false;
+        durable_step("replica::rewrite::noting");
         self.commit_row(&mut state, row)?;
+        durable_step("replica::rewrite::noted");
         Ok(Step::Rewritten)
     }
 }
@@ -48,7 +53,10 @@ fn rewrite_file(file: &dyn File) -> std::io::Result<()> {
     }
     file.make_zero(hole, len - hole)?;
     file.set_len(len)?;
-    file.sync_all()
+    durable_step("replica::rewrite::written");
+    file.sync_all()?;
+    durable_step("replica::rewrite::flushed");
+    Ok(())
 }
 
 #[cfg(test)]

@@ -305,6 +305,6 @@ mod tests {
         vm.write(0, 16, 1, false);
         assert_eq!(vm.fixed(moment), Err(true));
         vm.let_go(None);
-        assert!(vm.resize(0, 9) && !vm.resize(0, 3));
+        assert!(vm.resize(0, 9) && !vm.resize(0, 8) && vm.resize(0, 3) && !vm.resize(0, 9));
     }
 }

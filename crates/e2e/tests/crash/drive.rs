@@ -39,6 +39,8 @@ pub enum Drive {
     Adopt,
     /// A start that finds a base gone.
     Lose,
+    /// A start that finds an apply cut off, and one of its logs gone.
+    Rewrite,
     /// A start that finds a move cut off.
     EndMove,
     /// The storage is moved.
@@ -96,6 +98,7 @@ impl Drive {
             ApplyFails => "an apply whose writes fail",
             Adopt => "it starts after it died with a log renamed",
             Lose => "it starts with a base missing",
+            Rewrite => "it starts after it died in an apply, with a log missing",
             EndMove => "it starts after it died in a move",
             Migrate => "migrate",
             MigrateFails => "migrate to where there is no room",
@@ -116,7 +119,7 @@ impl Drive {
 
     /// Whether the two sides have to be compared afterwards: only where something was lost that they need.
     pub fn needs_resync(self) -> bool {
-        matches!(self, Lose | Grow | Resync)
+        matches!(self, Lose | Rewrite | Grow | Resync)
     }
 
     /// Whether the VM has another id afterwards, and begins anew.
@@ -139,6 +142,7 @@ impl Drive {
             Remove => pair.branch.ok(&["unprotect", VM]).map(drop),
             Cancel => pair.head.ok(&["failover", "unplanned", VM]).map(drop),
             Adopt => pair.die_first("replica::receive::folders", Sync),
+            Rewrite => pair.die_first("replica::apply::flushed", Sync),
             EndMove => pair.die_first("replica::migrate::copied", Migrate),
             HoldRunsOut => {
                 pair.head.ok(&["hold", VM, "--for", "1s"])?;
@@ -169,6 +173,11 @@ impl Drive {
             Lose => {
                 let storage = pair.storage_known();
                 std::fs::remove_file(storage.join("disks/system.raw")).map_err(trouble)
+            }
+            Rewrite => {
+                let logs = pair.storage_known().join("logs");
+                let mut found = std::fs::read_dir(logs).map_err(trouble)?.flatten();
+                found.try_for_each(|log| std::fs::remove_file(log.path()).map_err(trouble))
             }
             Grow => {
                 let from = pair.quiet();
@@ -233,7 +242,7 @@ impl Drive {
                 order(branch, &["peer", "accept", invite["invite"].as_str().unwrap_or_default()])
             }
             RemovePeer => order(head, &["peer", "remove", "branch"]),
-            Start | Adopt | Lose | EndMove | HoldRunsOut | Hours | Init | Restore | RestoreVhdx => {
+            Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | Hours | Init | Restore | RestoreVhdx => {
                 return Ok(None);
             }
         }

@@ -64,6 +64,8 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("replica::report::", Head, Report),
     ("replica::retention::", Head, Hours),
     ("replica::withdraw::", Head, Withdraw),
+    ("replica::rewrite::", Head, Rewrite),
+    ("repository::backup::", Head, Backup),
     ("repository::convert::", Command, RestoreVhdx),
     ("repository::create::", Command, Init),
     ("repository::file::", Head, Backup),
