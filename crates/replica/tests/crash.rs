@@ -30,6 +30,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::recover::adopt",
     "replica::recover::end",
     "replica::recover::los",
+    "replica::rewrite::",
     "replica::remove::",
     "replica::report::",
     "replica::withdraw::",
