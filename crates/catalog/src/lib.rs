@@ -206,11 +206,7 @@ impl Catalog {
     /// rolled back here, but its frames are in the WAL; where the process ends before others are written over them,
     /// the next one takes them. Whoever touches files by what the catalog says after a failure settles it first.
     pub fn settle(&self) -> Result<(), Error> {
-        let doubtful = match &self.writer {
-            Writer::Thread(_) => self.doubtful.load(Ordering::SeqCst),
-            Writer::Caller(guarded) => guarded.lock().is_some(),
-        };
-        if doubtful {
+        if self.doubtful.load(Ordering::SeqCst) {
             self.write(|tx| tx.execute("UPDATE migrations SET version = version", []))?;
         }
         Ok(())
@@ -241,7 +237,10 @@ impl Catalog {
                 let fate = (guarded.guard)();
                 match fate {
                     Fate::Lost => {}
-                    Fate::Doubtful => *guarded.lock() = Some(unheard(job)),
+                    Fate::Doubtful => {
+                        *guarded.lock() = Some(unheard(job));
+                        self.doubtful.store(true, Ordering::SeqCst);
+                    }
                     Fate::Kept | Fate::KeptUnheard => {
                         drop(guarded.doubtful());
                         let job = if fate == Fate::Kept { job } else { unheard(job) };
