@@ -73,14 +73,12 @@ impl OpenRepositories {
             }
         };
         let repository = used.repository.clone();
-        let mut left = OTHERS_BYTES_MAX;
-        let fits = |open: &Open| {
-            let room = left.checked_sub(open.repository.memory_bytes());
-            left = room.unwrap_or(0);
-            room.is_some()
+        let mut bytes = 0;
+        let fits = |open: &&Open| {
+            bytes += open.repository.memory_bytes();
+            bytes <= OTHERS_BYTES_MAX
         };
-        let others = open.iter().rev().map(fits).take_while(|fits| *fits).count();
-        let gone = open.len() - others;
+        let gone = open.len() - open.iter().rev().take_while(fits).count();
         open.drain(..gone);
         open.push(used);
         Ok(repository)
