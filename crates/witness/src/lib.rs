@@ -13,7 +13,7 @@ mod check;
 mod script;
 
 pub use check::{Checker, Violation};
-pub use script::{Action, Region, Script, Write};
+pub use script::{Action, Random, Region, Script, Write};
 
 /// Writes are whole blocks of this many bytes.
 pub const BLOCK_BYTES: u64 = 4096;

@@ -68,7 +68,7 @@ impl Script {
     /// The write of this number (from 1): always the same for the same script.
     #[must_use]
     pub fn write(&self, number: u64) -> Write {
-        let mut random = Random(self.seed ^ number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut random = Random::new(self.seed ^ number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         // Disks take turns, so that two neighbouring writes are on different disks: a replica whose
         // disks are of different moments is caught at once.
         let region = self.regions[(number % self.regions.len() as u64) as usize];
@@ -93,10 +93,10 @@ impl Script {
         block[8..16].copy_from_slice(&self.seed.to_le_bytes());
         block[16..24].copy_from_slice(&write.number.to_le_bytes());
         block[24..32].copy_from_slice(&offset.to_le_bytes());
-        let mut random = Random(self.seed ^ write.number.rotate_left(32) ^ offset);
+        let mut random = Random::new(self.seed ^ write.number.rotate_left(32) ^ offset);
         let (noise, text) = block[32..].split_at_mut(1024);
         for word in noise.chunks_exact_mut(8) {
-            word.copy_from_slice(&random.next().to_le_bytes());
+            word.copy_from_slice(&random.next_u64().to_le_bytes());
         }
         text.fill(b'a' + (write.number % 26) as u8);
     }
@@ -128,10 +128,18 @@ impl Script {
 const MAGIC: &[u8; 8] = b"WITNESS1";
 
 /// SplitMix64: small, seedable, the same everywhere.
-struct Random(u64);
+#[derive(Debug, Clone)]
+pub struct Random(u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// The numbers of this seed.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 64 bits.
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -139,8 +147,8 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Uniform enough in 0..bound.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+    /// Uniform enough in 0..bound, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next_u64() % bound
     }
 }
