@@ -10,23 +10,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{LONG, MIB, VM, World, path};
+use common::{LONG, MIB, Paused, VM, World, client, path};
 use log::{Batcher, DiskInfo, Encoder, Footer, Header};
 use model::{Consistency, LogClass, LogId, LogNumber, Phase, Progress, Purpose, Timestamp, VmId};
 use rig::{Site, wait_for};
 use serde_json::Value;
-use wire::{Client, Identity, Offer, OfferedDisk, Uploader};
+use wire::{Client, Offer, OfferedDisk, Uploader};
 
 const QUICK: Duration = Duration::from_millis(2);
-
-/// A site's own certificate, in our hands, towards its first peer.
-fn client(site: &Site) -> Arc<Client> {
-    let identity = Identity::load(site.dir()).unwrap();
-    let peers = site.ok(&["peer", "list"]).unwrap();
-    let peer = &peers["peers"][0];
-    let fingerprint = peer["fingerprint"].as_str().unwrap().parse().unwrap();
-    Arc::new(Client::new(&identity, peer["address"].as_str().unwrap(), fingerprint).unwrap())
-}
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
@@ -112,16 +103,7 @@ fn is_noted(site: &Site, kind: &str) -> bool {
 fn what_was_sent_before_and_what_is_anothers_changes_nothing() {
     let mut world = World::new(71);
     world.write(1, QUICK);
-    world.protect("1s", &[]);
-    world.replicating();
-    world.branch.ok(&["sync", VM]).unwrap();
-    world.branch.ok(&["pause", VM]).unwrap();
-    let before = world.head.vm(VM).unwrap();
-    let vm: VmId = before["id"].as_str().unwrap().parse().unwrap();
-    let newest = before["received"].as_u64().unwrap();
-    let points = world.head.ok(&["points", VM]).unwrap();
-    let last: LogId =
-        points["points"].as_array().unwrap().last().unwrap()["id"].as_str().unwrap().parse().unwrap();
+    let Paused { vm, newest, last, before } = world.paused();
     let backup = world.head.ok(&["backup", VM]).unwrap();
     let state = world.state(&world.restore(backup["backup"].as_str().unwrap()));
 

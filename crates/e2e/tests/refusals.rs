@@ -6,20 +6,11 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{LONG, VM, World};
+use common::{LONG, Paused, VM, World, client};
 use log::{Batcher, DiskInfo, Encoder, Footer, Header};
 use model::{Consistency, LogClass, LogId, LogNumber, Progress, Purpose, Timestamp, VmId};
 use serde_json::Value;
-use wire::{Client, Identity, Uploader};
-
-/// The branch's own certificate, in our hands.
-fn client(world: &World) -> Arc<Client> {
-    let identity = Identity::load(world.branch.dir()).unwrap();
-    let peers = world.branch.ok(&["peer", "list"]).unwrap();
-    let head = &peers["peers"][0];
-    let fingerprint = head["fingerprint"].as_str().unwrap().parse().unwrap();
-    Arc::new(Client::new(&identity, head["address"].as_str().unwrap(), fingerprint).unwrap())
-}
+use wire::{Client, Uploader};
 
 /// A log of one block.
 fn log(vm: VmId, number: u64, id: LogId, predecessor: LogId) -> Vec<u8> {
@@ -61,17 +52,9 @@ fn send(client: &Arc<Client>, vm: VmId, number: u64, id: LogId, bytes: Vec<u8>) 
 fn a_log_that_does_not_belong_is_refused_noted_and_changes_nothing() {
     let mut world = World::new(61);
     world.write(1, Duration::from_millis(2));
-    world.protect("1s", &[]);
-    world.replicating();
-    world.branch.ok(&["sync", VM]).unwrap();
-    world.branch.ok(&["pause", VM]).unwrap();
-    let before = world.head.vm(VM).unwrap();
-    let vm: VmId = before["id"].as_str().unwrap().parse().unwrap();
-    let newest = before["received"].as_u64().unwrap();
-    let points = world.head.ok(&["points", VM]).unwrap();
-    let last = points["points"].as_array().unwrap().last().unwrap()["id"].as_str().unwrap().parse().unwrap();
+    let Paused { vm, newest, last, before } = world.paused();
 
-    let client = client(&world);
+    let client = client(&world.branch);
     let id = LogId::from_bytes([9; 16]);
     let good = log(vm, newest + 1, id, last);
     let mut flipped = good.clone();

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use model::{LogId, VmId};
 use rig::{Line, Output, Site, StorageDaemon, Writer, fill, state_of_files};
 use serde_json::Value;
 use tempfile::TempDir;
+use wire::{Client, Identity};
 use witness::{Region, Script};
 
 pub const MIB: u64 = 1 << 20;
@@ -95,6 +97,23 @@ impl World {
     /// Waits until cycles of changes run.
     pub fn replicating(&self) -> Value {
         self.branch.wait_vm(VM, "to replicate", LONG, |vm| vm["state"] == "replicating").unwrap()
+    }
+
+    /// Protects the VM, and pauses it after a cycle: from now on only others send logs of it.
+    pub fn paused(&self) -> Paused {
+        self.protect("1s", &[]);
+        self.replicating();
+        self.branch.ok(&["sync", VM]).unwrap();
+        self.branch.ok(&["pause", VM]).unwrap();
+        let before = self.head.vm(VM).unwrap();
+        let points = self.head.ok(&["points", VM]).unwrap();
+        let last = points["points"].as_array().unwrap().last().unwrap();
+        Paused {
+            vm: before["id"].as_str().unwrap().parse().unwrap(),
+            newest: before["received"].as_u64().unwrap(),
+            last: last["id"].as_str().unwrap().parse().unwrap(),
+            before,
+        }
     }
 
     /// Backs the replica up.
@@ -194,6 +213,25 @@ pub fn in_qemu(socket: &Path, disks: &[&str]) -> Vec<String> {
         }
     }
     found
+}
+
+/// A replica to which its primary sends nothing more.
+pub struct Paused {
+    pub vm: VmId,
+    /// Its newest log: the number, and the id.
+    pub newest: u64,
+    pub last: LogId,
+    /// What the replica's site tells of it.
+    pub before: Value,
+}
+
+/// A site's own certificate, in our hands, towards its first peer.
+pub fn client(site: &Site) -> Arc<Client> {
+    let identity = Identity::load(site.dir()).unwrap();
+    let peers = site.ok(&["peer", "list"]).unwrap();
+    let peer = &peers["peers"][0];
+    let fingerprint = peer["fingerprint"].as_str().unwrap().parse().unwrap();
+    Arc::new(Client::new(&identity, peer["address"].as_str().unwrap(), fingerprint).unwrap())
 }
 
 /// An export.
