@@ -36,19 +36,23 @@ pub(crate) fn inspect(graph: &Graph, names: &Names, disks: &[Disk], wanted: LogN
     Tracking::Intact
 }
 
-/// Changes all disks in one transaction; does nothing where nothing is to be done.
+/// Changes all disks in one transaction, and removes what reading ahead has left; does nothing where nothing is to be
+/// done.
 pub(crate) async fn change_all(
     qmp: &Qmp,
     graph: &Graph,
     names: &Names,
     disks: &[Disk],
+    keeps_again: bool,
     steps: impl Fn(&[Ours]) -> Vec<Step>,
 ) -> Result<(), Error> {
     let actions = disks
         .iter()
         .flat_map(|disk| {
             let steps = steps(&ours(graph, names, disk));
-            steps.into_iter().map(|step| action(names, disk, step)).collect::<Vec<_>>()
+            let mut actions = strays(graph, names, disk, keeps_again);
+            actions.extend(steps.into_iter().map(|step| action(names, disk, step)));
+            actions
         })
         .collect();
     transaction(qmp, actions).await
@@ -61,8 +65,31 @@ pub(crate) async fn repair_all(
     names: &Names,
     disks: &[Disk],
     wanted: Option<LogNumber>,
+    keeps_again: bool,
 ) -> Result<(), Error> {
-    change_all(qmp, graph, names, disks, |found| repair(found, wanted)).await
+    change_all(qmp, graph, names, disks, keeps_again, |found| repair(found, wanted)).await
+}
+
+/// Removes the bitmaps of a reading ahead; `again` may have to stay for the capture that follows.
+pub(crate) async fn remove_strays(
+    qmp: &Qmp,
+    graph: &Graph,
+    names: &Names,
+    disks: &[Disk],
+    keeps_again: bool,
+) -> Result<(), Error> {
+    let actions = disks.iter().flat_map(|disk| strays(graph, names, disk, keeps_again)).collect();
+    transaction(qmp, actions).await
+}
+
+fn strays(graph: &Graph, names: &Names, disk: &Disk, keeps_again: bool) -> Vec<Value> {
+    let there = graph.nodes.get(&disk.block_node).map_or(&[][..], |node| &node.dirty_bitmaps);
+    let mut strays = vec![names.seen()];
+    strays.extend((!keeps_again).then(|| names.again()));
+    strays.retain(|stray| there.iter().any(|bitmap| bitmap.name.as_ref() == Some(stray)));
+    let node = &disk.block_node;
+    let remove = |name| json!({"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}});
+    strays.into_iter().map(remove).collect()
 }
 
 /// Runs actions as one; none is nothing to do.

@@ -43,6 +43,8 @@ pub struct CaptureRequest {
     pub base: Option<LogNumber>,
     /// The bitmap that begins at the moment.
     pub next: LogNumber,
+    /// Whether changes were read ahead: bitmap `again` ends at the moment too, and can be read with the data.
+    pub again: bool,
     /// Where what the guest overwrites goes; QEMU must be able to make files there.
     pub scratch_dir: PathBuf,
     /// The most that it may take there.
@@ -78,6 +80,8 @@ pub struct CapturedDisk {
     pub nbd_socket: PathBuf,
     /// The NBD metadata context with what changed since the moment of `base`.
     pub bitmap_context: Option<String>,
+    /// The one with what has changed since reading ahead began.
+    pub again_context: Option<String>,
 }
 
 /// What the steps of a capture took.
@@ -284,7 +288,7 @@ async fn repair(vm: &Vm, request: &CaptureRequest) -> Result<(), Error> {
     {
         return Err(Error::Tracking(why));
     }
-    bitmaps::repair_all(&vm.inner.qmp, &graph, vm.names(), &request.disks, request.base).await
+    bitmaps::repair_all(&vm.inner.qmp, &graph, vm.names(), &request.disks, request.base, request.again).await
 }
 
 /// Whether `base` will tell all changes once it is repaired.
@@ -358,6 +362,10 @@ fn actions(vm: &Vm, request: &CaptureRequest) -> Vec<Value> {
     for disk in &request.disks {
         actions
             .extend(at_moment(request.base, request.next).into_iter().map(|step| action(names, disk, step)));
+        if request.again {
+            let data = json!({"node": disk.block_node, "name": names.again()});
+            actions.push(json!({"type": "block-dirty-bitmap-disable", "data": data}));
+        }
     }
     actions
 }
@@ -365,13 +373,16 @@ fn actions(vm: &Vm, request: &CaptureRequest) -> Vec<Value> {
 async fn export(vm: &Vm, request: &CaptureRequest) -> Result<Vec<CapturedDisk>, Error> {
     let names = vm.names();
     let bitmap = request.base.map(|base| names.bitmap(base));
+    let again = request.again.then(|| names.again());
+    let shown: Vec<&String> = bitmap.iter().chain(&again).collect();
     let mut commands = Vec::new();
     let mut disks = Vec::new();
     for (i, disk) in request.disks.iter().enumerate() {
         let export = names.export(request.next, i);
         let mut options = json!({"type": "nbd", "id": export, "name": export, "node-name": names.overlay(i), "writable": false});
-        if let Some(bitmap) = &bitmap {
-            options["bitmaps"] = json!([{"node": disk.block_node, "name": bitmap}]);
+        if !shown.is_empty() {
+            let of_disk = |name: &&String| json!({"node": disk.block_node, "name": name});
+            options["bitmaps"] = shown.iter().map(of_disk).collect();
         }
         commands.push(Command::new("block-export-add", options));
         disks.push(CapturedDisk {
@@ -380,14 +391,20 @@ async fn export(vm: &Vm, request: &CaptureRequest) -> Result<Vec<CapturedDisk>, 
             size_bytes: disk.size_bytes,
             export,
             nbd_socket: vm.inner.nbd_socket.clone(),
-            bitmap_context: bitmap.as_ref().map(|bitmap| format!("qemu:dirty-bitmap:{bitmap}")),
+            bitmap_context: bitmap.as_ref().map(context),
+            again_context: again.as_ref().map(context),
         });
     }
     vm.qmp().run_all(commands).await?;
     Ok(disks)
 }
 
-async fn joined<T>(task: JoinHandle<Result<T, Error>>) -> Result<T, Error> {
+/// The NBD metadata context of a bitmap.
+fn context(bitmap: &String) -> String {
+    format!("qemu:dirty-bitmap:{bitmap}")
+}
+
+pub(crate) async fn joined<T>(task: JoinHandle<Result<T, Error>>) -> Result<T, Error> {
     match task.await {
         Ok(outcome) => outcome,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

@@ -23,6 +23,7 @@
 //! What it does not do: read the data (that is `nbd` and `primary`), decide what a cycle does (`model`).
 
 mod agent;
+mod ahead;
 mod bitmaps;
 mod capture;
 mod definition;
@@ -39,6 +40,7 @@ mod sweep;
 mod vm;
 
 pub use crate::agent::{AgentError, GuestAgent, thaw_if_frozen};
+pub use crate::ahead::Ahead;
 pub use crate::capture::{Capture, CaptureRequest, CapturedDisk, Timings};
 pub use crate::disks::Disk;
 pub use crate::error::{Error, ErrorClass};

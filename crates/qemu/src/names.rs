@@ -44,6 +44,21 @@ impl Names {
         (digits == format!("{number}")).then_some(LogNumber(number))
     }
 
+    /// The bitmap of what had changed when reading ahead began.
+    pub(crate) fn seen(&self) -> String {
+        format!("{}-seen", self.prefix)
+    }
+
+    /// The bitmap of what has changed since.
+    pub(crate) fn again(&self) -> String {
+        format!("{}-again", self.prefix)
+    }
+
+    /// The NBD export of a disk that is read ahead of its moment.
+    pub(crate) fn export_ahead(&self, disk: usize) -> String {
+        format!("{}-l{disk}", self.prefix)
+    }
+
     /// The node of the overlay that holds what the guest overwrites of a disk.
     pub(crate) fn overlay(&self, disk: usize) -> String {
         format!("{}-o{disk}", self.prefix)

@@ -158,7 +158,7 @@ impl Vm {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
         let steps = |found: &[Ours]| after_durable(found, base, next);
-        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
+        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, false, steps).await
     }
 
     /// Gives the changes of a cycle that failed back: bitmap `base` is again what changed since its moment. Without
@@ -167,7 +167,7 @@ impl Vm {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
         let steps = |found: &[Ours]| after_failure(found, base);
-        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, steps).await
+        bitmaps::change_all(&self.inner.qmp, &graph, &self.inner.names, disks, false, steps).await
     }
 
     /// Removes every leftover of an earlier run, wherever it was cut off, and, if `since` is given, makes
@@ -178,7 +178,7 @@ impl Vm {
         sweep(&self.inner.qmp, &self.inner.names).await?;
         if since.is_some() {
             let graph = self.graph().await?;
-            bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, since).await?;
+            bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, since, false).await?;
         }
         Ok(())
     }
@@ -187,7 +187,7 @@ impl Vm {
     pub async fn stop_tracking(&self, disks: &[Disk]) -> Result<(), Error> {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
-        bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, None).await?;
+        bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, None, false).await?;
         if matches!(self.inner.nbd, NbdAccess::Own(_)) {
             nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
         }

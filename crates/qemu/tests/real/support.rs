@@ -71,6 +71,7 @@ impl Process {
             disks: disks.to_vec(),
             base: base.map(LogNumber),
             next: LogNumber(next),
+            again: false,
             scratch_dir: self.path("scratch"),
             scratch_limit_bytes: 64 * MIB,
         }
