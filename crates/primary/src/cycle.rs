@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Consistency, CyclePlan, Head, LogAttempt, Phase, Progress, Purpose, ResyncReason, Timestamp, Tracking,
+    Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, Timestamp, Tracking,
     phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
@@ -20,9 +20,10 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use wire::{Offer, OfferedDisk, RelationshipStatus};
 
+use crate::ahead::{ReadAhead, WORTH_BYTES};
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
-use crate::ports::{Capture, CaptureRequest, Disk, Guest, Ports, Remote};
+use crate::ports::{Ahead, Capture, CaptureRequest, Disk, Guest, Ports, Remote};
 use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader};
 use crate::relationship::Relationship;
 use crate::rows::{KnownDisk, Protected};
@@ -78,9 +79,16 @@ impl<P: Ports> Relationship<P> {
             vm.stop_tracking(&disks).await?;
         }
         self.squared = false; // until this cycle has ended well
-        let (capture, consistency, note) = self.fix_moment(&vm, &disks, plan).await?;
+        let shared = self.shared.clone();
+        let room = shared.ahead.try_acquire().ok().filter(|_| self.is_worth_reading_ahead(plan));
+        let ahead = match (&room, plan.base) {
+            (Some(_), Some(base)) => self.read_ahead(&vm, &disks, base).await,
+            _ => None,
+        };
+        let (capture, consistency, note) = self.fix_moment(&vm, &disks, plan, ahead.is_some()).await?;
         let (moment, fixed) = (capture.moment(), Instant::now());
-        let outcome = self.read_and_ship(&vm, capture, plan, moment, consistency).await;
+        let outcome = self.read_and_ship(&vm, capture, plan, ahead, moment, consistency).await;
+        drop(room);
         let base = plan.base;
         match outcome {
             Ok((shipment, reading)) => {
@@ -199,13 +207,38 @@ impl<P: Ports> Relationship<P> {
         Ok(Failure::transient(FailureCode::ResyncRequired, message))
     }
 
+    /// Whether it saves the guest something: the last cycle says how much this one will read.
+    fn is_worth_reading_ahead(&self, plan: CyclePlan) -> bool {
+        plan.purpose == Purpose::Changes
+            && self.last_cycle.as_ref().is_some_and(|cycle| cycle.data_bytes >= WORTH_BYTES)
+    }
+
+    /// Reads what has changed so far. It only helps: without it everything is read at the moment.
+    async fn read_ahead(&self, vm: &P::Guest, disks: &[DiskOf<P>], base: LogNumber) -> Option<ReadAhead> {
+        let reading = async {
+            let ahead = vm.begin_ahead(disks, base).await?;
+            let readers = ahead.readers().await?;
+            let read = ReadAhead::of(&readers).await?;
+            drop(readers);
+            vm.end_ahead(ahead).await?;
+            Ok(read)
+        };
+        tokio::select! {
+            read = reading => read
+                .inspect_err(|error: &Failure| tracing::debug!(vm = %self.row.name, %error, "nothing was read ahead"))
+                .ok(),
+            () = self.stop.cancelled() => None,
+        }
+    }
+
     async fn fix_moment(
         &mut self,
         vm: &P::Guest,
         disks: &[DiskOf<P>],
         plan: CyclePlan,
+        again: bool,
     ) -> Result<(CaptureOf<P>, Consistency, Option<String>), Failure> {
-        let request = CaptureRequest { disks, base: plan.base, next: plan.next };
+        let request = CaptureRequest { disks, base: plan.base, next: plan.next, again };
         let agent =
             self.row.settings.guest_agent.clone().filter(|_| self.application_point_is_due(plan.purpose));
         match agent {
@@ -236,6 +269,7 @@ impl<P: Ports> Relationship<P> {
         vm: &P::Guest,
         capture: CaptureOf<P>,
         plan: CyclePlan,
+        ahead: Option<ReadAhead>,
         moment: Timestamp,
         consistency: Consistency,
     ) -> Result<(Shipment, Duration), Failure> {
@@ -275,6 +309,7 @@ impl<P: Ports> Relationship<P> {
                 compress: config.compress,
                 level: config.compression_level,
                 digests: Digests { remote: &remote, vm: vm_id },
+                ahead,
                 items,
             };
             tokio::select! {

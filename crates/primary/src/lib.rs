@@ -15,6 +15,7 @@
 //!
 //! What it does not do: decide what a cycle does (`model::plan_cycle`), speak QMP (`qemu`) or HTTP (`wire`).
 
+mod ahead;
 mod compress;
 mod cover;
 mod cycle;

@@ -68,6 +68,8 @@ pub trait Guest: Send + Sync + 'static {
     type Disk: Disk;
     /// A fixed moment.
     type Capture: Capture;
+    /// Its disks as they are.
+    type Ahead: Ahead;
 
     /// Whether the connection still stands, as far as is known.
     fn is_alive(&self) -> bool;
@@ -94,6 +96,18 @@ pub trait Guest: Send + Sync + 'static {
         disks: &[Self::Disk],
         since: LogNumber,
     ) -> impl Future<Output = Result<u64, Failure>> + Send;
+
+    /// Shows what has changed since the moment of log `base`, on disks that go on changing, and begins to note what
+    /// changes from now on. Whatever becomes of it, the bitmaps are as if it had not been.
+    fn begin_ahead(
+        &self,
+        disks: &[Self::Disk],
+        base: LogNumber,
+    ) -> impl Future<Output = Result<Self::Ahead, Failure>> + Send;
+
+    /// Ends it; what it notes is for the capture that follows with [`CaptureRequest::again`], and is gone with the
+    /// next commit, giving back or cleaning up.
+    fn end_ahead(&self, ahead: Self::Ahead) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Fixes one moment over all disks: bitmap `next` begins at it, and `base`, if there is one, ends at it and
     /// can be read with the data. On failure nothing of it stays, and `base` records as before.
@@ -165,6 +179,17 @@ pub struct CaptureRequest<'a, D> {
     pub base: Option<LogNumber>,
     /// The bitmap that begins at the moment.
     pub next: LogNumber,
+    /// Changes were read ahead: what was noted of the time since ends at the moment too, and can be read.
+    pub again: bool,
+}
+
+/// Disks that are read ahead of a moment. [`Guest::end_ahead`] ends it; so does dropping it, a little later.
+pub trait Ahead: Send + Sync + 'static {
+    /// Reads one of its disks.
+    type Reader: DiskReader;
+
+    /// Readers of its disks, in the order they were asked for.
+    fn readers(&self) -> impl Future<Output = Result<Vec<Self::Reader>, Failure>> + Send;
 }
 
 /// A moment that is fixed: its disks read as they were then, whatever the guest writes.
@@ -208,6 +233,8 @@ pub trait DiskReader: Clone + Send + Sync + 'static {
 pub enum Which {
     /// What the bitmap `base` names.
     Changed,
+    /// What has changed since reading ahead began.
+    Again,
     /// Everything that does not read as zeros.
     Data,
 }

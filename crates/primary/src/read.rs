@@ -19,6 +19,7 @@ use nbd::{DirtyExtent, ReadRequest};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::ahead::{Piece, ReadAhead};
 use crate::compress::{Compress, Compression};
 use crate::cover::{DiskPart, parts};
 use crate::digests::{BLOCK_BYTES, Digests};
@@ -28,11 +29,11 @@ use crate::ports::{DiskReader, Remote, Which};
 /// Read requests in flight per disk, of at most [`REQUEST_BYTES_MAX`] each.
 const REQUESTS_IN_FLIGHT: usize = 8;
 /// The largest read request, in bytes.
-const REQUEST_BYTES_MAX: u64 = 512 * 1024;
+pub(crate) const REQUEST_BYTES_MAX: u64 = 512 * 1024;
 /// Dirty blocks this near to each other are read in one request, in bytes: a request costs about as much as this.
-const MERGE_GAP_BYTES: u64 = 16 * 1024;
+pub(crate) const MERGE_GAP_BYTES: u64 = 16 * 1024;
 /// Extents are asked for in stretches of this many bytes of disk.
-const STRETCH_BYTES: u64 = 1 << 30;
+pub(crate) const STRETCH_BYTES: u64 = 1 << 30;
 /// Records being compressed or waiting to be sent.
 pub(crate) const QUEUE_RECORDS: usize = 8;
 
@@ -61,6 +62,7 @@ pub(crate) struct Reader<'a, D, R> {
     pub compress: Compress,
     pub level: i32,
     pub digests: Digests<'a, R>,
+    pub ahead: Option<ReadAhead>,
     pub items: mpsc::Sender<Item>,
 }
 
@@ -95,8 +97,17 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
     async fn changes(&mut self, part: &DiskPart, batcher: &mut Batcher) -> Result<(), Failure> {
         let disk = &self.disks[part.disk];
         for stretch in by(STRETCH_BYTES, part.covered.clone()) {
-            let extents = disk.extents(stretch, Which::Changed).await?;
-            self.read(disk, &extents, batcher).await?;
+            let extents = disk.extents(stretch.clone(), Which::Changed).await?;
+            let (mut zeros, data): (Vec<_>, Vec<_>) = extents.into_iter().partition(|extent| extent.zero);
+            let (kept, left) = match &self.ahead {
+                Some(ahead) if !data.is_empty() => {
+                    ahead.split(part.disk, &data, &disk.extents(stretch, Which::Again).await?)
+                }
+                _ => (Vec::new(), data),
+            };
+            zeros.extend(left);
+            zeros.sort_unstable_by_key(|extent| extent.offset);
+            self.read(disk, &zeros, kept, batcher).await?;
         }
         Ok(())
     }
@@ -115,29 +126,36 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
             return self.compare(disk, stretch, &extents, batcher).await;
         }
         extents.retain(|extent| !extent.zero);
-        self.read(disk, &extents, batcher).await?;
+        self.read(disk, &extents, Vec::new(), batcher).await?;
         Ok(extents.iter().map(|extent| extent.len).sum())
     }
 
-    async fn read(&self, disk: &D, extents: &[DirtyExtent], batcher: &mut Batcher) -> Result<(), Failure> {
+    /// Reads extents and joins what was read ahead to them, in the order of the disk.
+    async fn read(
+        &self,
+        disk: &D,
+        extents: &[DirtyExtent],
+        kept: Vec<Piece>,
+        batcher: &mut Batcher,
+    ) -> Result<(), Failure> {
         let (zeros, data): (Vec<_>, Vec<_>) = extents.iter().copied().partition(|extent| extent.zero);
-        let mut zeros = zeros.into_iter().peekable();
+        let zeros = zeros.into_iter().map(|zero| (zero.offset, Ready::Zero(zero.len)));
+        let mut ready: Vec<_> = kept.into_iter().map(|(offset, bytes)| (offset, Ready::Data(bytes))).collect();
+        ready.extend(zeros);
+        ready.sort_unstable_by_key(|(offset, _)| *offset);
+        let mut ready = ready.into_iter().peekable();
         let mut reads = reads(disk, nbd::read_plan(&data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
-        // Pieces reach the batcher in the order of the disk: zeros in between go first.
         while let Some((request, bytes)) = reads.try_next().await? {
-            while let Some(zero) = zeros.next_if(|zero| zero.offset < request.offset) {
-                self.emit(batcher.zero(zero.offset, zero.len)).await?;
-            }
             for &(skip, len) in &request.wanted {
                 let at = request.offset + skip;
-                while let Some(zero) = zeros.next_if(|zero| zero.offset < at) {
-                    self.emit(batcher.zero(zero.offset, zero.len)).await?;
+                while let Some((offset, piece)) = ready.next_if(|(offset, _)| *offset < at) {
+                    self.emit(piece.into(offset, batcher)).await?;
                 }
                 self.emit(batcher.data(at, &bytes[skip as usize..(skip + len) as usize])).await?;
             }
         }
-        for zero in zeros {
-            self.emit(batcher.zero(zero.offset, zero.len)).await?;
+        for (offset, piece) in ready {
+            self.emit(piece.into(offset, batcher)).await?;
         }
         Ok(())
     }
@@ -195,6 +213,21 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
     }
 }
 
+/// What need not be read any more.
+enum Ready {
+    Zero(u64),
+    Data(Bytes),
+}
+
+impl Ready {
+    fn into(self, offset: u64, batcher: &mut Batcher) -> Vec<RawRecord> {
+        match self {
+            Self::Zero(len) => batcher.zero(offset, len),
+            Self::Data(bytes) => batcher.data(offset, &bytes),
+        }
+    }
+}
+
 /// The bytes of each request, in the plan's order, several requests ahead.
 fn reads<D: DiskReader>(
     disk: &D,
@@ -211,7 +244,7 @@ fn reads<D: DiskReader>(
     stream::iter(plan).map(read).buffered(REQUESTS_IN_FLIGHT).boxed()
 }
 
-fn by(step: u64, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+pub(crate) fn by(step: u64, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     (range.start..range.end).step_by(step as usize).map(move |start| start..range.end.min(start + step))
 }
 

@@ -13,7 +13,7 @@ use wire::{Client, DigestRequest, Offer, RelationshipStatus, Report, Uploader};
 
 use crate::error::{Failure, FailureCode};
 use crate::ports::{
-    Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload, Which,
+    Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload, Which,
 };
 use crate::rows::{KnownDisk, Settings};
 
@@ -85,6 +85,7 @@ impl QemuGuest {
             disks: asked.disks.to_vec(),
             base: asked.base,
             next: asked.next,
+            again: asked.again,
             scratch_dir: self.scratch_dir.clone(),
             scratch_limit_bytes: self.scratch_limit_bytes,
         }
@@ -94,6 +95,7 @@ impl QemuGuest {
 impl Guest for QemuGuest {
     type Disk = qemu::Disk;
     type Capture = qemu::Capture;
+    type Ahead = qemu::Ahead;
 
     fn is_alive(&self) -> bool {
         self.vm.is_alive()
@@ -117,6 +119,14 @@ impl Guest for QemuGuest {
 
     async fn pending_bytes(&self, disks: &[qemu::Disk], since: LogNumber) -> Result<u64, Failure> {
         self.vm.pending_bytes(disks, since).await.map_err(qemu_failure)
+    }
+
+    async fn begin_ahead(&self, disks: &[qemu::Disk], base: LogNumber) -> Result<qemu::Ahead, Failure> {
+        self.vm.begin_ahead(disks, base).await.map_err(qemu_failure)
+    }
+
+    async fn end_ahead(&self, ahead: qemu::Ahead) -> Result<(), Failure> {
+        self.vm.end_ahead(ahead).await.map_err(qemu_failure)
     }
 
     async fn begin_capture(&self, request: CaptureRequest<'_, qemu::Disk>) -> Result<qemu::Capture, Failure> {
@@ -173,16 +183,28 @@ impl Capture for qemu::Capture {
     }
 
     async fn readers(&self) -> Result<Vec<NbdReader>, Failure> {
-        let mut readers = Vec::with_capacity(self.disks.len());
-        for disk in &self.disks {
-            readers.push(NbdReader::open(disk).await?);
-        }
-        Ok(readers)
+        readers(&self.disks).await
     }
 
     async fn watch(&self) -> Failure {
         qemu_failure(qemu::Capture::watch(self).await)
     }
+}
+
+impl Ahead for qemu::Ahead {
+    type Reader = NbdReader;
+
+    async fn readers(&self) -> Result<Vec<NbdReader>, Failure> {
+        readers(&self.disks).await
+    }
+}
+
+async fn readers(disks: &[qemu::CapturedDisk]) -> Result<Vec<NbdReader>, Failure> {
+    let mut readers = Vec::with_capacity(disks.len());
+    for disk in disks {
+        readers.push(NbdReader::open(disk).await?);
+    }
+    Ok(readers)
 }
 
 /// A captured disk over several NBD connections.
@@ -196,6 +218,7 @@ impl NbdReader {
     async fn open(disk: &qemu::CapturedDisk) -> Result<Self, Failure> {
         let mut contexts = vec![nbd::BASE_ALLOCATION];
         contexts.extend(disk.bitmap_context.as_deref());
+        contexts.extend(disk.again_context.as_deref());
         let pool = nbd::Pool::connect(&disk.nbd_socket, &disk.export, &contexts, CONNECTIONS)
             .await
             .map_err(|error| read_failure(&disk.name, &error))?;
@@ -215,6 +238,7 @@ impl DiskReader for NbdReader {
     async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
         let bitmap = match which {
             Which::Changed => self.disk.bitmap_context.as_deref(),
+            Which::Again => self.disk.again_context.as_deref(),
             Which::Data => None,
         };
         let extents = nbd::dirty_extents(&self.pool, bitmap, range).await;

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use wire::{RateLimiter, Report};
 
+use crate::ahead::{AHEAD_BYTES_MAX, AHEAD_BYTES_OF_SITE};
 use crate::cycle::CycleReport;
 use crate::error::{Error, Failure, FailureCode};
 use crate::ports::{Guest, Ports, Remote};
@@ -27,6 +28,8 @@ pub struct Shared<P> {
     pub(crate) ports: P,
     /// Cycles at once, over all VMs: bounds memory and what the guests' host feels.
     cycles: Semaphore,
+    /// Memory for what is read ahead, in cycles.
+    pub(crate) ahead: Semaphore,
 }
 
 impl<P: Ports> Shared<P> {
@@ -34,7 +37,8 @@ impl<P: Ports> Shared<P> {
     pub fn open(catalog: Catalog, config: Config, ports: P) -> Result<Arc<Self>, Error> {
         rows::migrate(&catalog)?;
         let cycles = Semaphore::new(config.cycles_at_once.max(1));
-        Ok(Arc::new(Self { catalog, config: Arc::new(config), ports, cycles }))
+        let ahead = Semaphore::new((AHEAD_BYTES_OF_SITE / AHEAD_BYTES_MAX) as usize);
+        Ok(Arc::new(Self { catalog, config: Arc::new(config), ports, cycles, ahead }))
     }
 
     /// The ports.
@@ -63,7 +67,7 @@ pub struct Relationship<P: Ports> {
     next_at: Timestamp,
     /// When that was decided: a clock that shows less than this has been set back.
     booked_at: Timestamp,
-    last_cycle: Option<CycleReport>,
+    pub(crate) last_cycle: Option<CycleReport>,
     outcomes: VecDeque<bool>,
     sent_bytes: u64,
     pending_bytes: Option<u64>,
