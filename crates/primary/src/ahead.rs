@@ -20,7 +20,7 @@ pub(crate) const AHEAD_BYTES_MAX: u64 = 16 << 20;
 /// The most that all cycles of a site keep.
 pub(crate) const AHEAD_BYTES_OF_SITE: u64 = 64 << 20;
 /// A cycle after one with less data than this reads nothing ahead: its moment is short enough.
-pub(crate) const WORTH_BYTES: u64 = 1 << 20;
+pub const AHEAD_FROM_BYTES: u64 = 1 << 20;
 /// How long it may take: what has been read by then is what there is.
 const TIME_MAX: Duration = Duration::from_secs(2);
 /// Requests in flight: the guest's own wait behind no more than these.
@@ -172,7 +172,7 @@ mod tests {
             runs in 1..6_u64,
         ) {
             let piece = |offset: u64, len: u64| (offset, (offset..offset + len).map(|at| at as u8).collect::<Bytes>());
-            let pieces = extents(&read).iter().flat_map(|extent| {
+            let pieces = extents(&read).into_iter().flat_map(|extent| {
                 (extent.offset..extent.end()).step_by((runs * BLOCK) as usize)
                     .map(|at| piece(at, (runs * BLOCK).min(extent.end() - at))).collect::<Vec<_>>()
             });

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, Timestamp, Tracking,
-    phase_after, plan_cycle,
+    Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, Timestamp,
+    Tracking, phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use wire::{Offer, OfferedDisk, RelationshipStatus};
 
-use crate::ahead::{ReadAhead, WORTH_BYTES};
+use crate::ahead::ReadAhead;
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
 use crate::ports::{Ahead, Capture, CaptureRequest, Disk, Guest, Ports, Remote};
@@ -210,7 +210,10 @@ impl<P: Ports> Relationship<P> {
     /// Whether it saves the guest something: the last cycle says how much this one will read.
     fn is_worth_reading_ahead(&self, plan: CyclePlan) -> bool {
         plan.purpose == Purpose::Changes
-            && self.last_cycle.as_ref().is_some_and(|cycle| cycle.data_bytes >= WORTH_BYTES)
+            && self
+                .last_cycle
+                .as_ref()
+                .is_some_and(|cycle| cycle.data_bytes >= self.shared.config.ahead_from_bytes)
     }
 
     /// Reads what has changed so far. It only helps: without it everything is read at the moment.

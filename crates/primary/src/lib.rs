@@ -39,6 +39,7 @@ use model::{Assessment, CycleBackoff, Health, HealthThresholds, LogNumber, Phase
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
@@ -69,6 +70,8 @@ pub struct Config {
     pub thresholds: HealthThresholds,
     /// Cycles at once, over all VMs.
     pub cycles_at_once: usize,
+    /// A cycle after one with at least so many bytes of data reads ahead of its moment.
+    pub ahead_from_bytes: u64,
 }
 
 /// A wish to protect a VM.

@@ -140,7 +140,8 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
     ) -> Result<(), Failure> {
         let (zeros, data): (Vec<_>, Vec<_>) = extents.iter().copied().partition(|extent| extent.zero);
         let zeros = zeros.into_iter().map(|zero| (zero.offset, Ready::Zero(zero.len)));
-        let mut ready: Vec<_> = kept.into_iter().map(|(offset, bytes)| (offset, Ready::Data(bytes))).collect();
+        let mut ready: Vec<_> =
+            kept.into_iter().map(|(offset, bytes)| (offset, Ready::Data(bytes))).collect();
         ready.extend(zeros);
         ready.sort_unstable_by_key(|(offset, _)| *offset);
         let mut ready = ready.into_iter().peekable();

@@ -55,7 +55,9 @@ impl Vm {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        let (Some(open), Ok(runtime)) = (self.open.take(), tokio::runtime::Handle::try_current()) else { return };
+        let (Some(open), Ok(runtime)) = (self.open.take(), tokio::runtime::Handle::try_current()) else {
+            return;
+        };
         runtime.spawn(async move {
             if let Err(error) = open.end(false).await {
                 tracing::warn!(%error, "what was read ahead could not be removed; the next cycle does it");
@@ -108,10 +110,13 @@ async fn show(open: &Open, base: LogNumber) -> Result<Vec<CapturedDisk>, Error> 
     let (mut commands, mut shown) = (Vec::new(), Vec::new());
     for (i, disk) in open.disks.iter().enumerate() {
         let export = names.export_ahead(i);
-        commands.push(Command::new("block-export-add", json!({
-            "type": "nbd", "id": export, "name": export, "node-name": disk.block_node, "writable": false,
-            "bitmaps": [{"node": disk.block_node, "name": names.seen()}],
-        })));
+        commands.push(Command::new(
+            "block-export-add",
+            json!({
+                "type": "nbd", "id": export, "name": export, "node-name": disk.block_node, "writable": false,
+                "bitmaps": [{"node": disk.block_node, "name": names.seen()}],
+            }),
+        ));
         shown.push(CapturedDisk {
             name: disk.name.clone(),
             node: disk.node.clone(),

@@ -26,6 +26,8 @@ struct Bitmap {
 struct Disk {
     name: DiskName,
     bitmaps: BTreeMap<LogNumber, Bitmap>,
+    /// What has changed since reading ahead began, while it is noted.
+    again: Option<Bitmap>,
     /// The sizes that it had before, in blocks.
     had: BTreeSet<usize>,
 }
@@ -73,6 +75,7 @@ impl SimVm {
         let disk = |place: usize| Disk {
             name: format!("vd{}", char::from(b'a' + place as u8)).parse().expect("a plain name"),
             bitmaps: BTreeMap::new(),
+            again: None,
             had: BTreeSet::new(),
         };
         Self(Arc::new(Mutex::new(Machine {
@@ -127,7 +130,8 @@ impl Machine {
             return;
         }
         let blocks = sectors.start / BLOCK_SECTORS..sectors.end.div_ceil(BLOCK_SECTORS);
-        for bitmap in self.disks[disk].bitmaps.values_mut().filter(|bitmap| bitmap.recording) {
+        let Disk { bitmaps, again, .. } = &mut self.disks[disk];
+        for bitmap in bitmaps.values_mut().chain(again).filter(|bitmap| bitmap.recording) {
             bitmap.blocks.extend(blocks.clone());
         }
         if let Some(fixed) = &mut self.fixed {
@@ -141,12 +145,12 @@ impl Machine {
     /// had: of one that does so between two cycles QEMU's bitmaps do not tell.
     pub fn resize(&mut self, disk: usize, blocks: usize) -> bool {
         let now = self.history.now().disks[disk].len() / BLOCK_SECTORS;
-        let Disk { bitmaps, had, .. } = &mut self.disks[disk];
+        let Disk { bitmaps, had, again, .. } = &mut self.disks[disk];
         if self.fixed.is_some() || blocks == now || had.contains(&blocks) {
             return false;
         }
         had.insert(now);
-        bitmaps.values_mut().for_each(|bitmap| bitmap.blocks.retain(|block| *block < blocks));
+        bitmaps.values_mut().chain(again).for_each(|bitmap| bitmap.blocks.retain(|block| *block < blocks));
         self.history.resize(disk, blocks * BLOCK_SECTORS);
         true
     }
@@ -155,7 +159,38 @@ impl Machine {
     pub fn restart(&mut self) {
         self.process += 1;
         self.fixed = None;
-        self.disks.iter_mut().for_each(|disk| disk.bitmaps.clear());
+        self.disks.iter_mut().for_each(|disk| {
+            disk.bitmaps.clear();
+            disk.again = None;
+        });
+    }
+
+    /// Begins to note what changes from now on, and gives what has changed before, of each disk. None where there is no
+    /// such bitmap.
+    pub fn look_ahead(&mut self, base: LogNumber) -> Option<Vec<Vec<usize>>> {
+        let seen = |disk: &Disk| Some(disk.bitmaps.get(&base)?.blocks.iter().copied().collect());
+        let seen = self.disks.iter().map(seen).collect::<Option<_>>()?;
+        self.forget_ahead();
+        self.disks
+            .iter_mut()
+            .for_each(|disk| disk.again = Some(Bitmap { recording: true, ..Bitmap::default() }));
+        Some(seen)
+    }
+
+    /// Ends what reading ahead has left.
+    pub fn forget_ahead(&mut self) {
+        self.disks.iter_mut().for_each(|disk| disk.again = None);
+    }
+
+    /// What has changed since reading ahead began stays as it is now. False where nothing was noted.
+    pub fn end_again(&mut self) -> bool {
+        self.disks.iter_mut().all(|disk| disk.again.as_mut().map(|again| again.recording = false).is_some())
+    }
+
+    /// The blocks that have changed since reading ahead began.
+    #[must_use]
+    pub fn again(&self, disk: usize) -> Option<Vec<usize>> {
+        Some(self.disks[disk].again.as_ref()?.blocks.iter().copied().collect())
     }
 
     /// Our bitmaps on a disk.

@@ -119,6 +119,7 @@ fn primary_config(config: &Config) -> primary::Config {
         patience: Duration::from_secs(config.replication.patience_s),
         thresholds: config.thresholds(),
         cycles_at_once: config.replication.cycles_at_once,
+        ahead_from_bytes: primary::AHEAD_FROM_BYTES,
     }
 }
 

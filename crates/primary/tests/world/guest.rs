@@ -34,6 +34,8 @@ pub struct SimDisk {
     pub known: KnownDisk,
     pub data: Vec<u8>,
     pub bitmaps: BTreeMap<LogNumber, Bitmap>,
+    /// What has changed since reading ahead began, while it is noted.
+    pub again: Option<Bitmap>,
 }
 
 #[derive(Default, Clone)]
@@ -52,6 +54,7 @@ impl Vm {
             },
             data: vec![0; size],
             bitmaps: BTreeMap::new(),
+            again: None,
         };
         Self {
             disks: sizes.iter().enumerate().map(disk).collect(),
@@ -66,7 +69,10 @@ impl Vm {
     pub fn restart(&mut self) {
         self.boot += 1;
         self.captures = 0;
-        self.disks.iter_mut().for_each(|disk| disk.bitmaps.clear());
+        self.disks.iter_mut().for_each(|disk| {
+            disk.bitmaps.clear();
+            disk.again = None;
+        });
     }
 
     pub fn data(&self) -> Vec<Vec<u8>> {
@@ -82,13 +88,14 @@ impl SimDisk {
     pub fn write(&mut self, at: u64, blocks: u64, byte: u8) {
         let range = at as usize * BLOCK..(at + blocks) as usize * BLOCK;
         self.data[range].fill(byte);
-        for bitmap in self.bitmaps.values_mut().filter(|bitmap| bitmap.recording) {
+        for bitmap in self.bitmaps.values_mut().chain(&mut self.again).filter(|bitmap| bitmap.recording) {
             bitmap.blocks.extend(at..at + blocks);
         }
     }
 
     /// Makes bitmap `wanted` the only one, if it can be had.
     fn repair(&mut self, wanted: LogNumber) {
+        self.again = None;
         let mut found = std::mem::take(&mut self.bitmaps);
         let only_older = found.len() == 1 && found.iter().all(|(k, b)| *k < wanted && b.recording);
         if only_older {
@@ -131,7 +138,13 @@ impl Guest {
                 changed = Some(bitmap.blocks.clone());
             }
             disk.bitmaps.insert(request.next, Bitmap { recording: true, ..Bitmap::default() });
-            let image = Image { name: disk.known.name.clone(), data: disk.data.clone(), changed };
+            let mut again = None;
+            if request.again {
+                let bitmap = disk.again.as_mut().expect("what changes was noted");
+                bitmap.recording = false;
+                again = Some(bitmap.blocks.clone());
+            }
+            let image = Image { name: disk.known.name.clone(), data: disk.data.clone(), changed, again };
             readers.push(Reader { world: self.world.clone(), image: Arc::new(image) });
         }
         let data = state.vm.data();
@@ -145,6 +158,7 @@ impl Guest {
 impl ports::Guest for Guest {
     type Disk = KnownDisk;
     type Capture = Capture;
+    type Ahead = Ahead;
 
     fn is_alive(&self) -> bool {
         self.world.lock().vm.boot == self.boot
@@ -182,6 +196,28 @@ impl ports::Guest for Guest {
         Ok(ours.map(|(_, bitmap)| (bitmap.blocks.len() * BLOCK) as u64).sum())
     }
 
+    async fn begin_ahead(&self, disks: &[KnownDisk], base: LogNumber) -> Result<Ahead, Failure> {
+        self.alive()?;
+        let mut state = self.world.lock();
+        let mut readers = Vec::new();
+        for (place, disk) in state.vm.disks.iter_mut().enumerate().take(disks.len()) {
+            disk.again = Some(Bitmap { recording: true, ..Bitmap::default() });
+            let seen = disk.bitmaps.get(&base).expect("a bitmap that was inspected").blocks.clone();
+            readers.push(LiveReader {
+                world: self.world.clone(),
+                place,
+                known: disk.known.clone(),
+                seen: Arc::new(seen),
+            });
+        }
+        Ok(Ahead(readers))
+    }
+
+    async fn end_ahead(&self, ahead: Ahead) -> Result<(), Failure> {
+        drop(ahead);
+        self.alive()
+    }
+
     async fn begin_capture(&self, request: CaptureRequest<'_, KnownDisk>) -> Result<Capture, Failure> {
         self.fix(&request)
     }
@@ -209,6 +245,7 @@ impl ports::Guest for Guest {
         self.alive()?;
         for disk in &mut self.world.lock().vm.disks {
             disk.bitmaps.retain(|k, _| Some(*k) != base || *k == next);
+            disk.again = None;
         }
         Ok(())
     }
@@ -275,6 +312,7 @@ struct Image {
     name: DiskName,
     data: Vec<u8>,
     changed: Option<BTreeSet<u64>>,
+    again: Option<BTreeSet<u64>>,
 }
 
 /// A disk as it was at the moment.
@@ -294,23 +332,12 @@ impl DiskReader for Reader {
     }
 
     async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
-        let mut extents: Vec<DirtyExtent> = Vec::new();
-        for offset in range.step_by(BLOCK) {
-            let zero = self.image.data[offset as usize..][..BLOCK].iter().all(|&byte| byte == 0);
-            let wanted = match which {
-                Which::Changed => {
-                    let changed = self.image.changed.as_ref().expect("there is a base");
-                    changed.contains(&(offset / BLOCK as u64))
-                }
-                Which::Data => !zero,
-            };
-            match extents.last_mut() {
-                Some(last) if wanted && last.end() == offset && last.zero == zero => last.len += BLOCK as u64,
-                _ if wanted => extents.push(DirtyExtent { offset, len: BLOCK as u64, zero }),
-                _ => {}
-            }
-        }
-        Ok(extents)
+        let blocks = match which {
+            Which::Changed => Some(self.image.changed.as_ref().expect("there is a base")),
+            Which::Again => Some(self.image.again.as_ref().expect("it was read ahead")),
+            Which::Data => None,
+        };
+        Ok(extents_of(&self.image.data, range, blocks))
     }
 
     /// Takes a while, in which the guest goes on writing: what is read must be what was.
@@ -322,5 +349,67 @@ impl DiskReader for Reader {
         };
         tokio::time::sleep(takes).await;
         Ok(Bytes::copy_from_slice(&self.image.data[offset as usize..][..len as usize]))
+    }
+}
+
+/// The extents of some blocks, or of those that are not zeros.
+fn extents_of(data: &[u8], range: Range<u64>, blocks: Option<&BTreeSet<u64>>) -> Vec<DirtyExtent> {
+    let mut extents: Vec<DirtyExtent> = Vec::new();
+    for offset in range.step_by(BLOCK) {
+        let zero = data[offset as usize..][..BLOCK].iter().all(|&byte| byte == 0);
+        let wanted = blocks.map_or(!zero, |blocks| blocks.contains(&(offset / BLOCK as u64)));
+        match extents.last_mut() {
+            Some(last) if wanted && last.end() == offset && last.zero == zero => last.len += BLOCK as u64,
+            _ if wanted => extents.push(DirtyExtent { offset, len: BLOCK as u64, zero }),
+            _ => {}
+        }
+    }
+    extents
+}
+
+/// Disks that go on changing while they are read.
+pub struct Ahead(Vec<LiveReader>);
+
+impl ports::Ahead for Ahead {
+    type Reader = LiveReader;
+
+    async fn readers(&self) -> Result<Vec<LiveReader>, Failure> {
+        Ok(self.0.clone())
+    }
+}
+
+#[derive(Clone)]
+pub struct LiveReader {
+    world: World,
+    place: usize,
+    known: KnownDisk,
+    seen: Arc<BTreeSet<u64>>,
+}
+
+impl DiskReader for LiveReader {
+    fn name(&self) -> &DiskName {
+        &self.known.name
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.known.size_bytes
+    }
+
+    async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
+        assert_eq!(which, Which::Changed, "nothing else is asked of it");
+        Ok(extents_of(&self.world.lock().vm.disks[self.place].data, range, Some(&self.seen)))
+    }
+
+    /// Takes a while, and gives what there is at its end.
+    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Failure> {
+        let takes = {
+            let mut state = self.world.lock();
+            state.guest_writes();
+            Duration::from_micros(50 + state.below(200))
+        };
+        tokio::time::sleep(takes).await;
+        Ok(Bytes::copy_from_slice(
+            &self.world.lock().vm.disks[self.place].data[offset as usize..][..len as usize],
+        ))
     }
 }

@@ -111,6 +111,7 @@ fn config() -> Config {
         patience: Duration::from_secs(10),
         thresholds: HealthThresholds::default(),
         cycles_at_once: 1,
+        ahead_from_bytes: 1,
     }
 }
 

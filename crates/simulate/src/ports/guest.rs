@@ -8,7 +8,7 @@ use bytes::Bytes;
 use model::bitmaps;
 use model::{BLOCK_BYTES, DiskName, LogNumber, Timestamp, Tracking};
 use nbd::DirtyExtent;
-use primary::ports::{Capture, CaptureRequest, DiskReader, Guest, Which};
+use primary::ports::{Ahead, Capture, CaptureRequest, DiskReader, Guest, Which};
 use primary::{Failure, FailureCode, KnownDisk};
 
 use super::{SimPorts, failure};
@@ -46,14 +46,20 @@ impl SimGuest {
         request: CaptureRequest<'_, KnownDisk>,
         freeze: bool,
     ) -> Result<(SimCapture, bool), Failure> {
-        let (base, next) = (request.base, request.next);
+        let (base, next, again) = (request.base, request.next, request.again);
         let now = self.ports.clock.clone();
         let truth = self.ports.truth.clone();
         let fixed = self.run(move |machine| {
+            if !again {
+                machine.forget_ahead();
+            }
             prepare(machine, base)?;
             let frozen = freeze && machine.freezes;
             let refused = || failure(FailureCode::Qemu, "QEMU refused the transaction");
             let at = now.now();
+            if again && !machine.end_again() {
+                return Err(refused());
+            }
             let id = machine.fix(base, next, at, frozen, &truth).ok_or_else(refused)?;
             Ok((id, at, frozen))
         });
@@ -98,6 +104,7 @@ fn known(machine: &Machine, disk: usize) -> KnownDisk {
 impl Guest for SimGuest {
     type Disk = KnownDisk;
     type Capture = SimCapture;
+    type Ahead = SimAhead;
 
     fn is_alive(&self) -> bool {
         self.vm.lock().process == self.process
@@ -139,6 +146,38 @@ impl Guest for SimGuest {
         .await
     }
 
+    async fn begin_ahead(&self, disks: &[KnownDisk], base: LogNumber) -> Result<SimAhead, Failure> {
+        let shown = self.run(|machine| {
+            let refused = || failure(FailureCode::Qemu, "QEMU refused the transaction");
+            let mut seen = machine.look_ahead(base).ok_or_else(refused)?;
+            let live = |disk: &KnownDisk| {
+                let place = machine.place(&disk.node)?;
+                Some((
+                    place,
+                    machine.name(place).clone(),
+                    machine.bytes(place),
+                    std::mem::take(&mut seen[place]),
+                ))
+            };
+            disks.iter().map(live).collect::<Option<Vec<_>>>().ok_or_else(refused)
+        });
+        let reader = |(place, name, size_bytes, seen): (usize, DiskName, u64, Vec<usize>)| LiveReader {
+            vm: self.vm.clone(),
+            process: self.process,
+            place,
+            name,
+            size_bytes,
+            seen: Arc::new(seen),
+            ports: self.ports.clone(),
+        };
+        Ok(SimAhead(shown.await?.into_iter().map(reader).collect()))
+    }
+
+    async fn end_ahead(&self, ahead: SimAhead) -> Result<(), Failure> {
+        drop(ahead);
+        self.run(|_| Ok(())).await
+    }
+
     async fn begin_capture(&self, request: CaptureRequest<'_, KnownDisk>) -> Result<SimCapture, Failure> {
         self.fix(request, false).await.map(|(capture, _)| capture)
     }
@@ -164,16 +203,25 @@ impl Guest for SimGuest {
         base: Option<LogNumber>,
         next: LogNumber,
     ) -> Result<(), Failure> {
-        self.run(|machine| change(machine, |found| bitmaps::after_durable(found, base, next))).await
+        self.run(|machine| {
+            machine.forget_ahead();
+            change(machine, |found| bitmaps::after_durable(found, base, next))
+        })
+        .await
     }
 
     async fn give_back(&self, _disks: &[KnownDisk], base: Option<LogNumber>) -> Result<(), Failure> {
-        self.run(|machine| change(machine, |found| bitmaps::after_failure(found, base))).await
+        self.run(|machine| {
+            machine.forget_ahead();
+            change(machine, |found| bitmaps::after_failure(found, base))
+        })
+        .await
     }
 
     async fn cleanup(&self, _disks: &[KnownDisk], since: Option<LogNumber>) -> Result<(), Failure> {
         self.run(|machine| {
             machine.let_go(None);
+            machine.forget_ahead();
             match since {
                 Some(_) => change(machine, |found| bitmaps::repair(found, since)),
                 None => Ok(()),
@@ -280,28 +328,16 @@ impl DiskReader for SimReader {
     async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
         self.ports.turns.pass().await;
         let state = state(&self.vm, self.capture)?;
+        let gone = || failure(FailureCode::Qemu, "the bitmap that is read is gone");
         let blocks = match which {
+            Which::Again => self.vm.lock().again(self.place).ok_or_else(gone)?,
             Which::Data => (0..usize::try_from(self.size_bytes.div_ceil(BLOCK_BYTES)).unwrap_or(0)).collect(),
             Which::Changed => {
                 let dirty = self.vm.lock().dirty(self.capture, self.place);
-                dirty.ok_or_else(|| failure(FailureCode::Qemu, "the bitmap that is read is gone"))?
+                dirty.ok_or_else(gone)?
             }
         };
-        let mut found: Vec<DirtyExtent> = Vec::new();
-        for block in blocks {
-            let start = (block as u64 * BLOCK_BYTES).max(range.start);
-            let end = ((block as u64 + 1) * BLOCK_BYTES).min(range.end).min(self.size_bytes);
-            if start >= end {
-                continue;
-            }
-            let zero = state.is_zero(self.place, start..end);
-            match found.last_mut() {
-                _ if zero && which == Which::Data => {}
-                Some(last) if last.offset + last.len == start && last.zero == zero => last.len += end - start,
-                _ => found.push(DirtyExtent { offset: start, len: end - start, zero }),
-            }
-        }
-        Ok(found)
+        Ok(extents_of(&state, self.place, self.size_bytes, range, &blocks, which))
     }
 
     async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Failure> {
@@ -310,5 +346,88 @@ impl DiskReader for SimReader {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         state.read(self.place, offset, &mut bytes);
         Ok(bytes.into())
+    }
+}
+
+/// The extents of some blocks of a disk.
+fn extents_of(
+    state: &State,
+    place: usize,
+    size_bytes: u64,
+    range: Range<u64>,
+    blocks: &[usize],
+    which: Which,
+) -> Vec<DirtyExtent> {
+    let mut found: Vec<DirtyExtent> = Vec::new();
+    for &block in blocks {
+        let start = (block as u64 * BLOCK_BYTES).max(range.start);
+        let end = ((block as u64 + 1) * BLOCK_BYTES).min(range.end).min(size_bytes);
+        if start >= end {
+            continue;
+        }
+        let zero = state.is_zero(place, start..end);
+        match found.last_mut() {
+            _ if zero && which == Which::Data => {}
+            Some(last) if last.offset + last.len == start && last.zero == zero => last.len += end - start,
+            _ => found.push(DirtyExtent { offset: start, len: end - start, zero }),
+        }
+    }
+    found
+}
+
+/// Disks that go on changing while they are read.
+pub struct SimAhead(Vec<LiveReader>);
+
+impl Ahead for SimAhead {
+    type Reader = LiveReader;
+
+    async fn readers(&self) -> Result<Vec<LiveReader>, Failure> {
+        Ok(self.0.clone())
+    }
+}
+
+/// A disk as it is.
+#[derive(Clone)]
+pub struct LiveReader {
+    vm: SimVm,
+    process: u64,
+    place: usize,
+    name: DiskName,
+    size_bytes: u64,
+    seen: Arc<Vec<usize>>,
+    ports: SimPorts,
+}
+
+impl LiveReader {
+    async fn now<T>(&self, look: impl FnOnce(&State) -> T) -> Result<T, Failure> {
+        self.ports.turns.pass().await;
+        let machine = self.vm.lock();
+        if machine.process != self.process {
+            return Err(failure(FailureCode::QemuGone, "the connection to QEMU is gone"));
+        }
+        Ok(look(machine.history.now()))
+    }
+}
+
+impl DiskReader for LiveReader {
+    fn name(&self) -> &DiskName {
+        &self.name
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    async fn extents(&self, range: Range<u64>, which: Which) -> Result<Vec<DirtyExtent>, Failure> {
+        self.now(|state| extents_of(state, self.place, self.size_bytes, range, &self.seen, which)).await
+    }
+
+    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Failure> {
+        self.now(|state| {
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+            state.read(self.place, offset, &mut bytes);
+            bytes.into()
+        })
+        .await
     }
 }

@@ -78,6 +78,7 @@ fn config(world: &World) -> Config {
         patience: Duration::from_secs(60),
         thresholds: HealthThresholds::default(),
         cycles_at_once: world.plan.cycles_at_once,
+        ahead_from_bytes: 1,
     }
 }
 
