@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use nbd::DirtyExtent;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::error::Failure;
 use crate::ports::{DiskReader, Which};
@@ -43,11 +43,7 @@ impl ReadAhead {
         let mut left = AHEAD_BYTES_MAX;
         for disk in disks {
             let mut pieces = Vec::new();
-            let within = pieces_of(disk, &mut left, &mut pieces);
-            match timeout_at(deadline, within).await {
-                Ok(outcome) => outcome?,
-                Err(_) => left = 0,
-            }
+            pieces_of(disk, deadline, &mut left, &mut pieces).await?;
             read.disks.push(pieces);
         }
         Ok(read)
@@ -114,7 +110,12 @@ fn without(range: Range<u64>, again: &[DirtyExtent]) -> impl Iterator<Item = Ran
     })
 }
 
-async fn pieces_of<D: DiskReader>(disk: &D, left: &mut u64, pieces: &mut Vec<Piece>) -> Result<(), Failure> {
+async fn pieces_of<D: DiskReader>(
+    disk: &D,
+    deadline: Instant,
+    left: &mut u64,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Failure> {
     for stretch in by(STRETCH_BYTES, 0..disk.size_bytes()) {
         if *left == 0 {
             return Ok(());
@@ -128,7 +129,7 @@ async fn pieces_of<D: DiskReader>(disk: &D, left: &mut u64, pieces: &mut Vec<Pie
         let mut reads = stream::iter(plan).map(read).buffered(REQUESTS_IN_FLIGHT);
         while let Some((request, bytes)) = reads.try_next().await? {
             for (skip, len) in request.wanted {
-                if *left < len {
+                if *left < len || Instant::now() >= deadline {
                     *left = 0;
                     return Ok(());
                 }
