@@ -11,7 +11,6 @@
 
 use model::LogNumber;
 use serde_json::{Value, json};
-use steps::durable_step;
 use tokio::sync::OwnedMutexGuard;
 
 use crate::bitmaps::{remove_strays, transaction};
@@ -106,7 +105,6 @@ async fn show(open: &Open, base: LogNumber) -> Result<Vec<CapturedDisk>, Error> 
         }})]
     });
     transaction(vm.qmp(), actions.collect::<Vec<Value>>()).await?;
-    durable_step("qemu::ahead::noted");
     let (mut commands, mut shown) = (Vec::new(), Vec::new());
     for (i, disk) in open.disks.iter().enumerate() {
         let export = names.export_ahead(i);
@@ -128,6 +126,5 @@ async fn show(open: &Open, base: LogNumber) -> Result<Vec<CapturedDisk>, Error> 
         });
     }
     vm.qmp().run_all(commands).await?;
-    durable_step("qemu::ahead::shown");
     Ok(shown)
 }

@@ -189,3 +189,57 @@ async fn a_hot_cycle_is_short() {
         8 << 20
     );
 }
+
+#[tokio::test]
+async fn what_was_read_ahead_holds_where_nothing_has_changed_since() {
+    const BLOCK: usize = 4096;
+    let block = |n: usize| n * BLOCK..(n + 1) * BLOCK;
+    let process = daemon(&[]).await;
+    let mut a = process.guest("a");
+    let vm = process.vm().await;
+    let disks = vm.disks().await.unwrap();
+    vm.end_reading(vm.begin_capture(process.request(&disks, None, 1)).await.unwrap()).await.unwrap();
+    vm.commit(&disks, None, LogNumber(1)).await.unwrap();
+    a.fill(3, 1);
+    a.fill(5, 1);
+
+    let ahead = vm.begin_ahead(&disks, LogNumber(1)).await.unwrap();
+    assert_eq!(dirty(&ahead.disks[0]), [block(3), block(5)]);
+    let read = image(&ahead.disks[0]);
+    a.fill(5, 2);
+    a.fill(9, 2);
+    assert_eq!(dirty(&ahead.disks[0]), [block(3), block(5)]);
+    vm.end_ahead(ahead).await.unwrap();
+
+    let mut request = process.request(&disks, Some(1), 2);
+    request.again = true;
+    let capture = vm.begin_capture(request.clone()).await.unwrap();
+    a.fill(3, 7);
+    let disk = &capture.disks[0];
+    assert_eq!(dirty(disk), [block(3), block(5), block(9)]);
+    let again = qemu::CapturedDisk { bitmap_context: disk.again_context.clone(), ..disk.clone() };
+    assert_eq!(dirty(&again), [block(5), block(9)]);
+    let now = image(disk);
+    assert_eq!((&read[block(3)], read[5 * BLOCK]), (&now[block(3)], 1));
+    assert_eq!((now[3 * BLOCK], now[5 * BLOCK], now[9 * BLOCK]), (1, 2, 2));
+    vm.end_reading(capture).await.unwrap();
+    vm.commit(&disks, Some(LogNumber(1)), LogNumber(2)).await.unwrap();
+    assert_eq!(bitmaps(vm.qmp(), "a").await, [format!("{PREFIX}-2")]);
+
+    // Given up after it: the cycle's own bitmaps are as if nothing had been read ahead.
+    let ahead = vm.begin_ahead(&disks, LogNumber(2)).await.unwrap();
+    vm.end_ahead(ahead).await.unwrap();
+    vm.give_back(&disks, Some(LogNumber(2))).await.unwrap();
+    assert_eq!(bitmaps(vm.qmp(), "a").await, [format!("{PREFIX}-2")]);
+    // Nobody notes any more what changes: QEMU refuses the moment, and nothing of it stays.
+    (request.base, request.next) = (Some(LogNumber(2)), LogNumber(3));
+    assert!(matches!(vm.begin_capture(request).await, Err(Error::Refused { .. })));
+    // Dropped: the moment comes without it.
+    drop(vm.begin_ahead(&disks, LogNumber(2)).await.unwrap());
+    let capture = vm.begin_capture(process.request(&disks, Some(2), 3)).await.unwrap();
+    assert_eq!(dirty(&capture.disks[0]), [block(3)]);
+    vm.end_reading(capture).await.unwrap();
+    vm.give_back(&disks, Some(LogNumber(2))).await.unwrap();
+    assert_eq!(bitmaps(vm.qmp(), "a").await, [format!("{PREFIX}-2")]);
+    assert!(leftovers(vm.qmp()).await.is_empty() && process.scratch_files() == 0);
+}
