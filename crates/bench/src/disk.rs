@@ -20,8 +20,13 @@ pub struct Disk {
 impl Disk {
     /// Opens the export of a disk.
     pub fn open(daemon: &StorageDaemon, name: &str) -> anyhow::Result<Self> {
+        Self::connect(&daemon.nbd(), name)
+    }
+
+    /// Opens an export of an NBD server on a unix socket.
+    pub fn connect(socket: &Path, name: &str) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let client = runtime.block_on(Client::connect(daemon.nbd(), name, &[]));
+        let client = runtime.block_on(Client::connect(socket, name, &[]));
         let client = client.with_context(|| format!("opening disk {name}"))?;
         Ok(Self { runtime, client })
     }

@@ -119,8 +119,21 @@ pub fn sparse(images: &[(&Path, u64)], pieces: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A change of `bytes` within the pieces of a sparse image, in extents of 64 to 512 KiB: the same pieces and the same
+/// places in them for the same seed, whatever the image's size.
+pub fn within_pieces(seed: u64, gib: u64, pieces: u64, bytes: u64) -> Vec<(u64, u64)> {
+    let (mut random, mut left, mut extents) = (Random::new(seed), bytes, Vec::new());
+    while left > 0 {
+        let len = ((1 + random.next() % 8) * 65536).min(left.next_multiple_of(4096));
+        let within = random.next() % ((MIB as u64 - len) / 4096) * 4096;
+        extents.push((piece_offset(gib, pieces, random.next() % pieces) + within, len));
+        left = left.saturating_sub(len);
+    }
+    extents
+}
+
 /// Where piece `n` of a sparse image begins.
-pub fn piece_offset(gib: u64, pieces: u64, n: u64) -> u64 {
+fn piece_offset(gib: u64, pieces: u64, n: u64) -> u64 {
     n * ((gib << 30) / pieces) / 4096 * 4096
 }
 
@@ -166,6 +179,18 @@ impl Random {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_change_is_within_the_pieces() {
+        let (gib, pieces) = (10, 4096);
+        let begins: Vec<u64> = (0..pieces).map(|n| piece_offset(gib, pieces, n)).collect();
+        let extents = within_pieces(3, gib, pieces, 100_000_000);
+        assert_eq!(extents.iter().map(|(_, len)| len).sum::<u64>(), 100_000_000_u64.next_multiple_of(4096));
+        for (offset, len) in extents {
+            let piece = begins[begins.partition_point(|begin| *begin <= offset) - 1];
+            assert!(offset + len <= piece + MIB as u64);
+        }
+    }
 
     #[test]
     fn a_change_has_its_size_and_stays_within() {

@@ -49,23 +49,28 @@ struct Arguments {
     /// Write the table to a file as well, as Markdown.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
+    /// Draw what was measured, as SVG files in a folder.
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
     /// What this machine can do at most.
     Limits,
-    /// Full and incremental backup, restore and check of a realistic image, beside restic, borg and rustic.
+    /// Full and incremental backup, restore and check of a realistic image, beside restic, borg, rustic and virtnbdbackup.
     Backup,
     /// 100 MB changed on a 100 GiB and on a 10 GiB sparse disk, beside restic.
     Sparse,
+    /// How cycles and backups grow with the disk and with the change, beside restic.
+    Curves,
     /// A delta of 1 GiB, from the moment to the durable acknowledgement, beside nbdcopy.
     Replicate,
     /// Folding a sequential delta into the base, beside dd.
     Apply,
     /// How often the replica writes each changed byte.
     Io,
-    /// What a guest's writes feel of cycles every 5 s.
+    /// What a guest's writes feel of cycles every 5 s and every 30 s.
     Guest,
     /// How many VMs one site takes at an interval of 30 s.
     Scale,
@@ -81,6 +86,7 @@ impl Part {
             Self::Limits => limits::run(arguments, table),
             Self::Backup => parts::backup::run(arguments, table),
             Self::Sparse => parts::sparse::run(arguments, table),
+            Self::Curves => parts::curves::run(arguments, table),
             Self::Replicate => parts::replicate::run(arguments, table),
             Self::Apply => parts::apply::run(arguments, table),
             Self::Io => parts::io::run(arguments, table),
@@ -97,12 +103,15 @@ impl Part {
                 ("restic", "restic"),
                 ("borg", "borgbackup"),
                 ("rustic", "rustic, by scripts/setup bench"),
+                ("virtnbdbackup", "virtnbdbackup"),
+                ("libvirtd", "libvirt-daemon libvirt-daemon-driver-qemu"),
+                ("virsh", "libvirt-clients"),
                 ("qemu-img", "qemu-utils"),
                 ("nbdcopy", "libnbd-bin"),
                 ("time", "time"),
             ],
-            Self::Sparse => &[("restic", "restic"), ("time", "time")],
-            Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("time", "time")],
+            Self::Sparse | Self::Curves => &[("restic", "restic"), ("time", "time")],
+            Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("rsync", "rsync"), ("time", "time")],
             Self::Apply => &[("dd", "coreutils"), ("time", "time")],
             Self::Io | Self::Scale => &[],
             Self::Guest => &[("fio", "fio")],
@@ -113,11 +122,11 @@ impl Part {
     fn space_gib(self, image_gib: u64) -> u64 {
         match self {
             Self::Limits => 2 * image_gib + 4,
-            Self::Backup => 6 * image_gib + 12,
-            Self::Sparse => 40,
+            Self::Backup => 5 * image_gib + 12,
+            Self::Sparse | Self::Curves => 40,
             Self::Replicate => 2 * image_gib + 14,
             Self::Apply | Self::Io => 8,
-            Self::Guest => 14,
+            Self::Guest => 20,
             Self::Scale => 24,
         }
     }
@@ -175,6 +184,12 @@ fn main() -> anyhow::Result<ExitCode> {
         let text = format!("{}\n{}", machine.markdown(), table.markdown());
         std::fs::write(path, text).with_context(|| path.display().to_string())?;
     }
+    if let Some(dir) = &arguments.plots {
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        for (name, svg) in table.plots() {
+            std::fs::write(dir.join(name), svg).with_context(|| dir.join(name).display().to_string())?;
+        }
+    }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -212,6 +227,6 @@ mod tests {
         Arguments::command().debug_assert();
         let arguments = Arguments::parse_from(["bench", "sparse", "backup", "--runs", "3"]);
         assert_eq!(arguments.chosen(), [Part::Backup, Part::Sparse]);
-        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 8);
+        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 9);
     }
 }

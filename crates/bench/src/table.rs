@@ -32,6 +32,7 @@ pub enum Wanted {
 pub struct Table {
     rows: Vec<Row>,
     notes: Vec<String>,
+    plots: Vec<(&'static str, String)>,
 }
 
 impl Table {
@@ -50,6 +51,51 @@ impl Table {
     pub fn note(&mut self, note: &str) {
         eprintln!("note: {note}");
         self.notes.push(note.to_owned());
+    }
+
+    /// Adds an SVG file.
+    pub fn plot(&mut self, name: &'static str, svg: String) {
+        self.plots.push((name, svg));
+    }
+
+    /// All SVG files, and one of the ratios to peers if there are any.
+    pub fn plots(&self) -> Vec<(&'static str, String)> {
+        let mut plots = self.plots.clone();
+        plots.extend(self.ratios().map(|svg| ("ratios.svg", svg)));
+        plots
+    }
+
+    /// Every ratio that has a bound, and the bound: a row for each.
+    fn ratios(&self) -> Option<String> {
+        let of = |row: &Row| {
+            let (ratio, (peer, _)) = (row.ratio()?, row.peer.as_ref()?);
+            let bound = match row.wanted? {
+                Wanted::AtMost(bound) | Wanted::AtLeast(bound) => bound,
+            };
+            let style = if row.mark() == Some("met") { plot::GREEN } else { plot::VERMILION };
+            Some((format!("{} / {peer}", row.what), style, vec![ratio, bound]))
+        };
+        let rows: Vec<_> = self.rows.iter().filter_map(of).collect();
+        if rows.is_empty() {
+            return None;
+        }
+        let height = 26.0 * rows.len() as f64;
+        let (title, foot) =
+            ("Beside the peers", "Filled: what was measured; hollow: the bound. Logarithmic.");
+        let mut canvas =
+            plot::Canvas::new(1040.0, height + 200.0, title, "Our figure as a ratio to theirs, one run");
+        let values = plot::ticks(&[0.001, 0.01, 0.1, 1.0, 10.0], |value| value.to_string());
+        let panel = plot::Panel {
+            left: 560.0,
+            top: 96.0,
+            width: 430.0,
+            height,
+            x: plot::Axis::log("ratio", values),
+            y: plot::Axis::linear("", plot::ticks(&[0.0, 1.0], |value| value.to_string())),
+        };
+        panel.ranges(&mut canvas, &rows);
+        canvas.note(foot);
+        Some(canvas.finish())
     }
 
     /// As a table in Markdown.
@@ -195,5 +241,17 @@ mod tests {
         assert!(text.contains("| full | 5.00 s | restic 10.00 s | 0.500 | <= 0.5 | met |  |"), "{text}");
         assert!(text.contains("| memory | 150.00 MB |  |  |  |  |  |"), "{text}");
         assert!(text.ends_with("\n\n- warm\n"), "{text}");
+    }
+
+    #[test]
+    fn ratios_with_a_bound_are_drawn() {
+        let mut table = Table::default();
+        table.add(row(5.0, None, Some(Wanted::AtMost(0.5))));
+        assert!(table.plots().is_empty());
+        table.plot("a.svg", "<svg/>".into());
+        table.add(row(5.0, Some(10.0), Some(Wanted::AtMost(0.5))));
+        let plots = table.plots();
+        assert_eq!(plots.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["a.svg", "ratios.svg"]);
+        assert!(plots[1].1.contains("full / restic"), "{}", plots[1].1);
     }
 }

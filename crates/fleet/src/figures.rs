@@ -1,10 +1,9 @@
 //! The figures of docs/fleet.md.
 
+use plot::{Axis, BLUE, Canvas, GREEN, ORANGE, PURPLE, Panel, SKY, Series, Style, THEORY, VERMILION, ticks};
+
 use crate::clock::SECOND;
 use crate::histogram::Histogram;
-use crate::plot::{
-    Axis, BLUE, Canvas, GREEN, ORANGE, PURPLE, Panel, SKY, Series, Style, THEORY, VERMILION, ticks,
-};
 use crate::scenario::Strategy;
 use crate::studies::{ALL_AT_ONCE, FAST, Fleet, Results, SLOW, closed_form_done};
 use crate::tally::{RATE_CLASSES, Tally};

@@ -24,7 +24,6 @@ pub mod figures;
 mod histogram;
 mod jobs;
 mod outages;
-mod plot;
 mod run;
 mod scenario;
 mod site;

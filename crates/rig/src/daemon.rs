@@ -12,7 +12,6 @@ use crate::{Result, doing};
 pub struct StorageDaemon {
     dir: PathBuf,
     disks: Vec<(String, u64)>,
-    monitors: usize,
     logs_writes: bool,
     process: Option<Process>,
 }
@@ -20,21 +19,16 @@ pub struct StorageDaemon {
 impl StorageDaemon {
     /// Starts one with these disks (name, bytes); files that are there already are used as they are.
     pub fn start(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
-        Self::start_with(dir, disks, 1, false)
-    }
-
-    /// The same with several monitors: each serves one client at a time, and a VM keeps its own.
-    pub fn start_with_monitors(dir: &Path, disks: &[(&str, u64)], monitors: usize) -> Result<Self> {
-        Self::start_with(dir, disks, monitors, false)
+        Self::start_with(dir, disks, false)
     }
 
     /// The same with QEMU's driver `blklogwrites` below each disk: it writes down all that reaches the disk, in
     /// the file [`StorageDaemon::log`]. A daemon that is restarted begins its logs anew.
     pub fn start_logged(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
-        Self::start_with(dir, disks, 1, true)
+        Self::start_with(dir, disks, true)
     }
 
-    fn start_with(dir: &Path, disks: &[(&str, u64)], monitors: usize, logs_writes: bool) -> Result<Self> {
+    fn start_with(dir: &Path, disks: &[(&str, u64)], logs_writes: bool) -> Result<Self> {
         need("qemu-storage-daemon", "qemu-utils")?;
         std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let disks: Vec<_> = disks.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
@@ -44,7 +38,7 @@ impl StorageDaemon {
                 File::create(&path).and_then(|file| file.set_len(*bytes)).map_err(doing(path.display()))?;
             }
         }
-        let mut daemon = Self { dir: dir.to_owned(), disks, monitors, logs_writes, process: None };
+        let mut daemon = Self { dir: dir.to_owned(), disks, logs_writes, process: None };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -52,9 +46,9 @@ impl StorageDaemon {
     /// Kills the daemon, if it runs, and starts it again on the same disks: QEMU forgets its bitmaps.
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
-        let mut sockets: Vec<PathBuf> = (0..=self.monitors).map(|n| self.monitor(n)).collect();
-        sockets.push(self.nbd());
-        for socket in &sockets {
+        let monitors = [self.qmp(), self.second_qmp()];
+        let sockets = [&monitors[0], &monitors[1], &self.nbd()];
+        for socket in sockets {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new("qemu-storage-daemon");
@@ -69,8 +63,7 @@ impl StorageDaemon {
                 .arg("--export")
                 .arg(format!("type=nbd,id=guest-{name},node-name={name},name={name},writable=on"));
         }
-        for n in 0..=self.monitors {
-            let path = self.monitor(n);
+        for (n, path) in monitors.iter().enumerate() {
             command
                 .arg("--chardev")
                 .arg(format!("socket,id=qmp{n},path={},server=on,wait=off", path.display()))
@@ -128,19 +121,13 @@ impl StorageDaemon {
     /// Its QMP socket.
     #[must_use]
     pub fn qmp(&self) -> PathBuf {
-        self.monitor(0)
+        self.dir.join("qmp.sock")
     }
 
-    /// The QMP socket of one of several monitors.
-    #[must_use]
-    pub fn monitor(&self, n: usize) -> PathBuf {
-        self.dir.join(if n == 0 { "qmp.sock".to_owned() } else { format!("qmp-{n}.sock") })
-    }
-
-    /// One QMP socket more, to look at it while sites have the others.
+    /// One QMP socket more, to look at it while a site has the other: each serves one client at a time.
     #[must_use]
     pub fn second_qmp(&self) -> PathBuf {
-        self.monitor(self.monitors)
+        self.dir.join("qmp-1.sock")
     }
 
     /// Its NBD server's socket.

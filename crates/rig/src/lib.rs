@@ -5,6 +5,7 @@
 //! installs it. What is started here ends with its owner.
 
 mod daemon;
+mod libvirt;
 mod line;
 mod lossy;
 mod programs;
@@ -12,6 +13,7 @@ mod site;
 mod writer;
 
 pub use daemon::StorageDaemon;
+pub use libvirt::Libvirt;
 pub use line::Line;
 pub use lossy::LossyDisk;
 pub use programs::{Process, need, need_crate, this_program, tool, wait_for};

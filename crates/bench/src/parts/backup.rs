@@ -1,5 +1,5 @@
-//! Full and incremental backup, restore and check of a realistic image, beside restic, borg and rustic; and what
-//! copying it plainly takes.
+//! Full and incremental backup, restore and check of a realistic image, beside restic, borg, rustic and virtnbdbackup; and
+//! what copying it plainly takes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::disk::Disk;
 use crate::image::scattered;
 use crate::limits::Limits;
 use crate::measure::{Ran, disk_usage, median, run as timed, settle};
-use crate::peers::{Borg, Restic, Rustic, SETTINGS};
+use crate::peers::{Borg, Restic, Rustic, SETTINGS, VirtNbdBackup};
 use crate::table::{Row, Table, Wanted};
 use crate::{Arguments, say};
 
@@ -26,6 +26,7 @@ enum Tool {
     Restic,
     Borg,
     Rustic,
+    VirtNbdBackup,
     QemuImg,
     NbdCopy,
 }
@@ -37,13 +38,14 @@ impl Tool {
             Self::Restic => "restic",
             Self::Borg => "borg",
             Self::Rustic => "rustic",
+            Self::VirtNbdBackup => "virtnbdbackup",
             Self::QemuImg => "qemu-img",
             Self::NbdCopy => "nbdcopy",
         }
     }
 }
 
-const BACKUP_TOOLS: [Tool; 4] = [Tool::Ours, Tool::Restic, Tool::Borg, Tool::Rustic];
+const BACKUP_TOOLS: [Tool; 5] = [Tool::Ours, Tool::Restic, Tool::Borg, Tool::Rustic, Tool::VirtNbdBackup];
 
 /// One figure of each tool, for every run.
 #[derive(Default)]
@@ -92,6 +94,7 @@ struct Bench<'a> {
     restic: Restic,
     borg: Borg,
     rustic: Rustic,
+    virtnbd: VirtNbdBackup,
     limits: &'static Limits,
     /// Bytes of the disk that are no holes.
     data: f64,
@@ -118,6 +121,7 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
         restic: Restic::new(&folder.join("restic"), "repository", &folder.password()),
         borg: Borg::new(&folder.join("borg")),
         rustic: Rustic::new(&folder.join("rustic"), &folder.password()),
+        virtnbd: VirtNbdBackup::start(&folder.join("lv"), &daemon.disk(DISK))?,
         folder: &folder,
         sites: &sites,
         daemon: &daemon,
@@ -185,6 +189,7 @@ impl Bench<'_> {
             Tool::Restic => self.restic.backup(&disk),
             Tool::Borg => self.borg.backup(&disk),
             Tool::Rustic => self.rustic.backup(&disk),
+            Tool::VirtNbdBackup => self.virtnbd.full(),
             _ => {
                 let backup = self.sites.backup(VM, &self.repositories[run as usize])?;
                 let Backup { seconds, cpu_s, .. } = backup;
@@ -198,6 +203,7 @@ impl Bench<'_> {
             Tool::Restic => self.restic.bytes(),
             Tool::Borg => self.borg.bytes(),
             Tool::Rustic => self.rustic.bytes(),
+            Tool::VirtNbdBackup => self.virtnbd.bytes(),
             _ => disk_usage(&self.repositories[run as usize]),
         }
     }
@@ -223,17 +229,20 @@ impl Bench<'_> {
             say(&format!("backup of a 1 % change, run {} of {}", run + 1, self.arguments.runs));
             let extents = scattered(u64::from(run) + 1, size, size / 100);
             Disk::open(self.daemon, DISK)?.change(&extents, u64::from(run) + 1)?;
+            self.virtnbd.change(&extents, u64::from(run) + 1)?;
             self.sites.sync(VM)?;
             self.sites.quiet(VM)?;
             for tool in rotated(&BACKUP_TOOLS, run) {
                 settle()?;
-                let took = if tool == Tool::Ours {
-                    let backup = self.sites.backup(VM, &repository)?;
-                    read.push([backup.bytes_read, backup.bytes_added].map(|bytes| bytes as f64));
-                    newest = backup.id;
-                    backup.seconds
-                } else {
-                    self.back_up(tool, run)?.seconds
+                let took = match tool {
+                    Tool::Ours => {
+                        let backup = self.sites.backup(VM, &repository)?;
+                        read.push([backup.bytes_read, backup.bytes_added].map(|bytes| bytes as f64));
+                        newest = backup.id;
+                        backup.seconds
+                    }
+                    Tool::VirtNbdBackup => self.virtnbd.incremental()?.seconds,
+                    _ => self.back_up(tool, run)?.seconds,
                 };
                 seconds.push(tool, took);
             }

@@ -1,5 +1,5 @@
-//! What a guest's writes feel of cycles every 5 s: fio writes 4 KiB blocks at random, 500 a second, on a disk
-//! that is not protected and on one that is, by turns, both of one storage daemon.
+//! What a guest's writes feel of cycles every 5 s and every 30 s: fio writes 4 KiB blocks at random, 500 a second, on a
+//! disk that is not protected and on two that are, by turns, each behind a storage daemon of its own.
 
 use std::process::Command;
 
@@ -13,70 +13,97 @@ use crate::measure::{median, settle};
 use crate::table::{Row, Table, Wanted};
 use crate::{Arguments, say};
 
-const VM: &str = "vm";
-/// The disk without protection, and the one with it.
-const DISKS: [&str; 2] = ["plain", "guest"];
+const DISK: &str = "guest";
 const DISK_BYTES: u64 = 4 << 30;
 const IOPS: f64 = 500.0;
-const SECONDS: u32 = 60;
+const SECONDS: u64 = 60;
+
+/// A guest, and what was measured of it.
+struct Guest {
+    /// How often a cycle is due; none without protection.
+    every_s: Option<u64>,
+    daemon: StorageDaemon,
+    latencies: Vec<Latency>,
+    cycles: u64,
+}
 
 /// Runs the part.
 pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     let folder = Folder::new(arguments, "guest")?;
-    let daemon = StorageDaemon::start(&folder.join("daemon"), &DISKS.map(|disk| (disk, DISK_BYTES)))?;
-    say("filling two disks of 4 GiB");
-    for (seed, disk) in (1..).zip(DISKS) {
-        rig::fill(&daemon, disk, 0, DISK_BYTES, seed)?;
+    say("filling three disks of 4 GiB");
+    let mut guests = Vec::new();
+    for (seed, every_s) in (1..).zip([None, Some(5), Some(30)]) {
+        let daemon = StorageDaemon::start(&folder.join(&format!("daemon{seed}")), &[(DISK, DISK_BYTES)])?;
+        rig::fill(&daemon, DISK, 0, DISK_BYTES, seed)?;
+        guests.push(Guest { every_s, daemon, latencies: Vec::new(), cycles: 0 });
     }
     let sites = Sites::start(&folder, &[])?;
-    sites.protect(VM, &daemon, DISKS[1], "5s")?;
-    sites.primary.ok(&["pause", VM])?;
-    let (mut without, mut with, mut cycles) = (Vec::new(), Vec::new(), 0);
+    for guest in &guests {
+        if let Some(vm) = guest.vm() {
+            sites.protect(&vm, &guest.daemon, DISK, &format!("{}s", guest.every_s.unwrap_or_default()))?;
+            sites.primary.ok(&["pause", &vm])?;
+        }
+    }
     for run in 0..arguments.runs {
         say(&format!(
-            "a guest that writes for {SECONDS} s without and with cycles, run {} of {}",
+            "guests that write for {SECONDS} s without and with cycles, run {} of {}",
             run + 1,
             arguments.runs
         ));
-        for protected in rotated(&[false, true], run) {
+        for which in rotated(&[0, 1, 2], run) {
             settle()?;
-            if protected {
-                let (latency, seen) = beside_cycles(&sites, &daemon)?;
-                cycles += seen;
-                with.push(latency);
-            } else {
-                without.push(fio(&daemon, DISKS[0])?);
-            }
+            guests[which].write(&sites)?;
         }
     }
-    rows(&without, &with, table);
+    rows(&guests, table);
+    let cycles: Vec<String> = guests[1..]
+        .iter()
+        .map(|guest| format!("{:.1}", guest.cycles as f64 / f64::from(arguments.runs)))
+        .collect();
     table.note(&format!(
         "guest: fio, ioengine=nbd, random 4 KiB writes at {IOPS} a second for {SECONDS} s, both sites on the same \
-         machine and disk; {:.1} cycles in each of the runs with cycles",
-        cycles as f64 / f64::from(arguments.runs)
+         machine and disk; {} cycles in each of the runs with cycles",
+        cycles.join(" and ")
     ));
     sites.memory("guest", &[], table)
 }
 
-/// fio while cycles run; how many there were.
-fn beside_cycles(sites: &Sites, daemon: &StorageDaemon) -> anyhow::Result<(Latency, u64)> {
-    let acked = || -> anyhow::Result<u64> { sites.primary.vm(VM)?["acked"].as_u64().context("no acked") };
-    let paused_at = acked()?;
-    // Something to ship, or there would be no first cycle to wait for.
-    Disk::open(daemon, DISKS[1])?.scramble(&[(0, 4096)], paused_at)?;
-    sites.primary.ok(&["resume", VM])?;
-    // The first cycle is over before fio begins: it is like all the others then.
-    sites.primary.wait_vm(VM, "a cycle", PATIENCE, |vm| vm["acked"].as_u64() > Some(paused_at))?;
-    let before = acked()?;
-    let latency = fio(daemon, DISKS[1])?;
-    let cycles = acked()? - before;
-    sites.primary.ok(&["pause", VM])?;
-    sites.quiet(VM)?;
-    ensure!(cycles >= u64::from(SECONDS) / 10, "only {cycles} cycles ended in {SECONDS} s of writing");
-    Ok((latency, cycles))
+impl Guest {
+    fn vm(&self) -> Option<String> {
+        self.every_s.map(|every_s| format!("every-{every_s}s"))
+    }
+
+    /// fio, while cycles run if it is protected.
+    fn write(&mut self, sites: &Sites) -> anyhow::Result<()> {
+        let Some(vm) = self.vm() else {
+            self.latencies.push(fio(&self.daemon)?);
+            return Ok(());
+        };
+        let acked =
+            || -> anyhow::Result<u64> { sites.primary.vm(&vm)?["acked"].as_u64().context("no acked") };
+        let paused_at = acked()?;
+        // Something to ship, or there would be no first cycle to wait for.
+        Disk::open(&self.daemon, DISK)?.scramble(&[(0, 4096)], paused_at)?;
+        sites.primary.ok(&["resume", &vm])?;
+        // The first cycle is over before fio begins: it is like all the others then.
+        sites.primary.wait_vm(&vm, "a cycle", PATIENCE, |vm| vm["acked"].as_u64() > Some(paused_at))?;
+        let before = acked()?;
+        self.latencies.push(fio(&self.daemon)?);
+        let cycles = acked()? - before;
+        self.cycles += cycles;
+        sites.primary.ok(&["pause", &vm])?;
+        sites.quiet(&vm)?;
+        let due = SECONDS / self.every_s.unwrap_or(SECONDS);
+        ensure!(2 * cycles >= due, "only {cycles} cycles of {due} ended in {SECONDS} s of writing");
+        Ok(())
+    }
+
+    fn median(&self, which: fn(&Latency) -> f64) -> f64 {
+        median(&self.latencies.iter().map(which).collect::<Vec<_>>())
+    }
 }
 
-fn fio(daemon: &StorageDaemon, disk: &str) -> anyhow::Result<Latency> {
+fn fio(daemon: &StorageDaemon) -> anyhow::Result<Latency> {
     let mut command = Command::new("fio");
     command.args([
         "--name=guest",
@@ -86,7 +113,7 @@ fn fio(daemon: &StorageDaemon, disk: &str) -> anyhow::Result<Latency> {
         "--iodepth=4",
         "--time_based",
     ]);
-    command.arg(format!("--uri=nbd+unix:///{disk}?socket={}", daemon.nbd().display()));
+    command.arg(format!("--uri=nbd+unix:///{DISK}?socket={}", daemon.nbd().display()));
     command.args([
         format!("--rate_iops={IOPS}"),
         format!("--size={DISK_BYTES}"),
@@ -103,6 +130,7 @@ fn fio(daemon: &StorageDaemon, disk: &str) -> anyhow::Result<Latency> {
 struct Latency {
     p50_us: f64,
     p99_us: f64,
+    p999_us: f64,
     iops: f64,
 }
 
@@ -115,28 +143,40 @@ impl Latency {
         let write = &report["jobs"][0]["write"];
         let percentile = |which: &str| write["clat_ns"]["percentile"][which].as_f64().map(|ns| ns / 1e3);
         let found = || {
-            let (p50_us, p99_us) = (percentile("50.000000")?, percentile("99.000000")?);
-            Some(Self { p50_us, p99_us, iops: write["iops"].as_f64()? })
+            Some(Self {
+                p50_us: percentile("50.000000")?,
+                p99_us: percentile("99.000000")?,
+                p999_us: percentile("99.900000")?,
+                iops: write["iops"].as_f64()?,
+            })
         };
         found().with_context(|| format!("fio reported no latencies: {said}"))
     }
 }
 
-fn rows(without: &[Latency], with: &[Latency], table: &mut Table) {
-    let figures =
-        |of: &[Latency], which: fn(&Latency) -> f64| median(&of.iter().map(which).collect::<Vec<_>>());
-    let mut row = |what: &str, which: fn(&Latency) -> f64, wanted| {
-        table.add(Row {
-            what: format!("guest's writes with cycles every 5 s, {what}"),
-            ours: figures(with, which),
-            peer: Some(("without".into(), figures(without, which))),
-            unit: "us",
-            wanted,
-            limit: None,
-        });
-    };
-    row("p99", |latency| latency.p99_us, Some(Wanted::AtMost(1.5)));
-    row("p50", |latency| latency.p50_us, None);
+/// What is told of a guest's latencies.
+const FIGURES: [Figure; 3] = [
+    ("p50", |latency| latency.p50_us),
+    ("p99", |latency| latency.p99_us),
+    ("p99.9", |latency| latency.p999_us),
+];
+
+type Figure = (&'static str, fn(&Latency) -> f64);
+
+fn rows(guests: &[Guest], table: &mut Table) {
+    for guest in &guests[1..] {
+        for (what, which) in FIGURES {
+            let every_s = guest.every_s.unwrap_or_default();
+            table.add(Row {
+                what: format!("guest's writes with cycles every {every_s} s, {what}"),
+                ours: guest.median(which),
+                peer: Some(("without".into(), guests[0].median(which))),
+                unit: "us",
+                wanted: (what == "p99").then_some(Wanted::AtMost(1.5)),
+                limit: None,
+            });
+        }
+    }
 }
 
 #[cfg(test)]
@@ -145,11 +185,11 @@ mod tests {
 
     const REPORT: &str = r#"{"fio version": "fio-3.33", "jobs": [{"jobname": "guest", "write": {
         "iops": 499.8, "total_ios": 1500,
-        "clat_ns": {"mean": 1.0, "percentile": {"50.000000": 91648, "99.000000": 3424256}}}}]}"#;
+        "clat_ns": {"mean": 1.0, "percentile": {"50.000000": 91648, "99.000000": 3424256, "99.900000": 9000000}}}}]}"#;
 
     #[test]
     fn latencies_are_read_from_fios_report() {
-        let latency = Latency { p50_us: 91.648, p99_us: 3424.256, iops: 499.8 };
+        let latency = Latency { p50_us: 91.648, p99_us: 3424.256, p999_us: 9000.0, iops: 499.8 };
         assert_eq!(Latency::of(REPORT).unwrap(), latency);
         assert_eq!(Latency::of(&format!("fio: connected to NBD server\n{REPORT}\n")).unwrap(), latency);
         assert_eq!(Latency::of(&format!("{REPORT}\nand more")).unwrap(), latency);

@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod backup;
+pub mod curves;
 pub mod guest;
 pub mod io;
 pub mod replicate;
@@ -97,13 +98,25 @@ impl Sites {
     /// Protects one disk of a daemon, and waits until the whole of it is at the replica.
     pub fn protect(&self, vm: &str, daemon: &StorageDaemon, disk: &str, every: &str) -> anyhow::Result<()> {
         say(&format!("initial replication of {vm}"));
+        self.begin_to_protect(vm, daemon, disk, every)?;
+        self.primary.wait_vm(vm, "its initial replication", PATIENCE, |vm| vm["state"] == "replicating")?;
+        self.quiet(vm)
+    }
+
+    /// The same without waiting for its initial replication.
+    pub fn begin_to_protect(
+        &self,
+        vm: &str,
+        daemon: &StorageDaemon,
+        disk: &str,
+        every: &str,
+    ) -> anyhow::Result<()> {
         let (qmp, nbd) = (daemon.qmp(), daemon.nbd());
         let (qmp, nbd) = (qmp.to_string_lossy(), nbd.to_string_lossy());
         self.primary.ok(&[
             "protect", vm, "--qmp", &qmp, "--nbd", &nbd, "--to", "replica", "--every", every, "--disk", disk,
         ])?;
-        self.primary.wait_vm(vm, "its initial replication", PATIENCE, |vm| vm["state"] == "replicating")?;
-        self.quiet(vm)
+        Ok(())
     }
 
     /// Runs a cycle; what it was.

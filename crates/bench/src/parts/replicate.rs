@@ -1,5 +1,5 @@
 //! A delta of 1 GiB, from the moment to the durable acknowledgement with both sites on this machine, beside
-//! nbdcopy of the same bytes to a file that is flushed.
+//! nbdcopy of the same bytes to a file that is flushed, and rsync of the disk into a copy of it.
 
 use std::path::Path;
 use std::process::Command;
@@ -33,39 +33,46 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     // The replica's base is to be as allocated as that of a disk in use.
     Disk::open(&daemon, DISK)?.write_file(&daemon.disk("noise"), STRIDE)?;
     sites.protect(VM, &daemon, DISK, BY_HAND)?;
-    let mut rates: [[Vec<f64>; 2]; 2] = Default::default();
+    let old = folder.join("rsync.raw");
+    rsync(&daemon, &old)?;
+    let mut rates: [[Vec<f64>; 3]; 2] = Default::default();
     let mut shares = Vec::new();
     for run in 0..arguments.runs {
         say(&format!("replication of a delta of 1 GiB, run {} of {}", run + 1, arguments.runs));
         for (kind, (source, _)) in KINDS.iter().enumerate() {
             for tool in rotated(&[0, 1], run) {
                 settle()?;
-                let rate = if tool == 0 {
-                    let cycle = replicate(&sites, &daemon, source)?;
-                    if kind == 1 {
-                        shares.push(cycle.log_bytes as f64 / cycle.data_bytes as f64);
-                    }
-                    mb_per_s(cycle.data_bytes, cycle.total_s)
-                } else {
-                    copy(&daemon, source, &folder.join("copy.raw"))?
-                };
-                rates[kind][tool].push(rate);
+                if tool == 1 {
+                    rates[kind][1].push(copy(&daemon, source, &folder.join("copy.raw"))?);
+                    continue;
+                }
+                let cycle = replicate(&sites, &daemon, source)?;
+                if kind == 1 {
+                    shares.push(cycle.log_bytes as f64 / cycle.data_bytes as f64);
+                }
+                rates[kind][0].push(mb_per_s(cycle.data_bytes, cycle.total_s));
+                // Its copy lacks just what this cycle has shipped.
+                settle()?;
+                rates[kind][2].push(mb_per_s(DELTA_BYTES, rsync(&daemon, &old)?));
             }
         }
     }
     let limits = Limits::of(arguments)?;
-    for ((_, what), ([ours, theirs], ratio)) in KINDS.iter().zip(rates.iter().zip([1.0, limits.log_ratio()]))
+    for ((_, what), ([ours, copied, synced], ratio)) in
+        KINDS.iter().zip(rates.iter().zip([1.0, limits.log_ratio()]))
     {
         let what = format!("replication of a 1 GiB delta, {what}");
         table.figure(what.clone(), median(ours), "MB/s", Some(Wanted::AtLeast(200.0)));
-        let peer = Some(("nbdcopy".to_owned(), median(theirs)));
         let limit = Some(limits.replicate_rate(ratio) / 1e6);
-        table.add(Row { what, ours: median(ours), peer, unit: "MB/s", wanted: None, limit });
+        for (peer, theirs) in [("nbdcopy", copied), ("rsync", synced)] {
+            let (what, peer) = (what.clone(), Some((peer.to_owned(), median(theirs))));
+            table.add(Row { what, ours: median(ours), peer, unit: "MB/s", wanted: None, limit });
+        }
     }
     table.note(&format!(
         "replication: bytes of disk per second from the moment to the durable acknowledgement; the logs of the \
          realistic delta had {:.0} % of its bytes; nbdcopy --flush copies the same bytes, neither compressed nor \
-         checksummed, to a file",
+         checksummed, to a file; rsync --inplace --no-whole-file --fsync brings a copy of the disk up to date",
         median(&shares) * 100.0
     ));
     sites.memory("replicate", &[], table)
@@ -104,4 +111,11 @@ fn copy(daemon: &StorageDaemon, source: &str, to: &Path) -> anyhow::Result<f64> 
     let ran = timed(Command::new("nbdcopy").arg("--flush").arg(uri).arg(to))?;
     std::fs::remove_file(to)?;
     Ok(mb_per_s(DELTA_BYTES, ran.seconds))
+}
+
+/// Brings a copy of the disk up to date; how long it took, in seconds.
+fn rsync(daemon: &StorageDaemon, copy: &Path) -> anyhow::Result<f64> {
+    let mut command = Command::new("rsync");
+    command.args(["--inplace", "--no-whole-file", "--fsync", "--ignore-times"]);
+    Ok(timed(command.arg(daemon.disk(DISK)).arg(copy))?.seconds)
 }

@@ -1,4 +1,4 @@
-//! How many VMs one site takes: many small disks behind several storage daemons, each changed by 256 KiB in
+//! How many VMs one site takes: many small disks, each behind a storage daemon of its own, each changed by 256 KiB in
 //! every interval of 30 s, both sites on this machine.
 
 use std::path::PathBuf;
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use nbd::Client;
+use plot::{Axis, BLUE, Canvas, GREEN, ORANGE, Panel, Series, Style, ticks};
 use rig::StorageDaemon;
 use serde_json::Value;
 
@@ -19,12 +20,11 @@ use crate::table::{Table, Wanted};
 use crate::{Arguments, say};
 
 const INTERVAL_S: u64 = 30;
+const DISK: &str = "disk";
 const DISK_BYTES: u64 = 64 << 20;
 /// What changes in an interval: pieces at random, as a guest's writes are.
 const PIECES: u64 = 16;
 const PIECE_BYTES: u64 = 16 << 10;
-/// VMs behind one daemon: each has a monitor of its own there.
-const VMS_PER_DAEMON: usize = 25;
 /// How often the replica's site is asked how old its points are.
 const SAMPLE: Duration = Duration::from_secs(10);
 /// Fewer VMs than the most are watched for this long.
@@ -33,10 +33,12 @@ const SHORT: Duration = Duration::from_secs(120);
 /// Runs the part.
 pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     let most = arguments.vms.iter().copied().max().unwrap_or(0);
+    let mut loads = Vec::new();
     for &vms in &arguments.vms {
         let whole = Duration::from_secs(60 * arguments.minutes);
-        watch(arguments, vms, if vms == most { whole } else { whole.min(SHORT) }, table)?;
+        loads.push(watch(arguments, vms, if vms == most { whole } else { whole.min(SHORT) }, table)?);
     }
+    table.plot("scale.svg", drawn(&loads));
     table.note(&format!(
         "scale: each VM has a disk of {} MiB, of which {} KiB change in every interval of {INTERVAL_S} s, {} KiB here \
          and there; both sites, the storage daemons and the writer share this machine",
@@ -47,7 +49,7 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -> anyhow::Result<()> {
+fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -> anyhow::Result<Load> {
     let folder = Folder::new(arguments, "scale")?;
     say(&format!("{vms} VMs: starting daemons, protecting"));
     let fleet = Fleet::start(&folder, vms)?;
@@ -69,41 +71,25 @@ fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -
     rows(vms, &before, &after, elapsed_s, &lags, &sites, table)
 }
 
-/// Daemons with a disk and a monitor for each VM.
+/// A daemon for each VM, as each VM has a QEMU of its own.
 struct Fleet {
     daemons: Vec<StorageDaemon>,
-    vms: usize,
 }
 
 impl Fleet {
     fn start(folder: &Folder, vms: usize) -> anyhow::Result<Self> {
-        let mut daemons = Vec::new();
-        for first in (0..vms).step_by(VMS_PER_DAEMON) {
-            let names: Vec<String> = (first..vms.min(first + VMS_PER_DAEMON)).map(disk).collect();
-            let disks: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), DISK_BYTES)).collect();
-            let dir = folder.join(&format!("d{}", daemons.len()));
-            daemons.push(StorageDaemon::start_with_monitors(&dir, &disks, disks.len())?);
-        }
-        Ok(Self { daemons, vms })
-    }
-
-    fn daemon(&self, vm: usize) -> &StorageDaemon {
-        &self.daemons[vm / VMS_PER_DAEMON]
+        let start = |vm| StorageDaemon::start(&folder.join(&format!("d{vm}")), &[(DISK, DISK_BYTES)]);
+        let daemons = (0..vms).map(start).collect::<Result<_, _>>()?;
+        Ok(Self { daemons })
     }
 
     /// One after the other within an interval, so that their cycles are spread over it, as they are over days.
     fn protect(&self, sites: &Sites) -> anyhow::Result<()> {
-        let (started, pause) = (Instant::now(), Duration::from_secs(INTERVAL_S) / self.vms.max(1) as u32);
-        for vm in 0..self.vms {
-            let daemon = self.daemon(vm);
-            let (qmp, nbd) = (daemon.monitor(vm % VMS_PER_DAEMON), daemon.nbd());
-            let (qmp, nbd) = (qmp.to_string_lossy(), nbd.to_string_lossy());
-            let (name, disk, every) = (format!("vm-{vm}"), disk(vm), format!("{INTERVAL_S}s"));
-            sites.primary.ok(&[
-                "protect", &name, "--qmp", &qmp, "--nbd", &nbd, "--to", "replica", "--every", &every,
-                "--disk", &disk,
-            ])?;
-            std::thread::sleep((pause * (vm as u32 + 1)).saturating_sub(started.elapsed()));
+        let (started, pause) =
+            (Instant::now(), Duration::from_secs(INTERVAL_S) / self.daemons.len().max(1) as u32);
+        for (vm, daemon) in (0..).zip(&self.daemons) {
+            sites.begin_to_protect(&format!("vm-{vm}"), daemon, DISK, &format!("{INTERVAL_S}s"))?;
+            std::thread::sleep((pause * (vm + 1)).saturating_sub(started.elapsed()));
         }
         rig::wait_for("every VM to be replicating", PATIENCE, || {
             let status = sites.primary.ok(&["status"])?;
@@ -116,8 +102,7 @@ impl Fleet {
 
     /// A guest for all of them: each VM's changes, once in every interval.
     fn write(&self) -> Writer {
-        let disks: Vec<(PathBuf, String)> =
-            (0..self.vms).map(|vm| (self.daemon(vm).nbd(), disk(vm))).collect();
+        let disks: Vec<PathBuf> = self.daemons.iter().map(StorageDaemon::nbd).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
@@ -127,10 +112,6 @@ impl Fleet {
         });
         Writer { stop, thread: Some(thread) }
     }
-}
-
-fn disk(vm: usize) -> String {
-    format!("disk-{vm}")
 }
 
 struct Writer {
@@ -147,12 +128,14 @@ impl Drop for Writer {
     }
 }
 
-fn change_all(disks: &[(PathBuf, String)], stop: &AtomicBool) -> anyhow::Result<()> {
+fn change_all(disks: &[PathBuf], stop: &AtomicBool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut clients = Vec::new();
-        for (socket, name) in disks {
-            clients.push(Client::connect(socket, name, &[]).await.with_context(|| name.clone())?);
+        for socket in disks {
+            clients.push(
+                Client::connect(socket, DISK, &[]).await.with_context(|| socket.display().to_string())?,
+            );
         }
         let pause = Duration::from_secs(INTERVAL_S) / clients.len().max(1) as u32;
         let mut turns = tokio::time::interval(pause);
@@ -208,7 +191,7 @@ fn rows(
     lags: &[f64],
     sites: &Sites,
     table: &mut Table,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Load> {
     ensure!(before.received.len() == vms && after.received.len() == vms, "a VM has gone");
     let cycles: Vec<f64> =
         after.received.iter().zip(&before.received).map(|(after, before)| after - before).collect();
@@ -231,18 +214,77 @@ fn rows(
     row("oldest newest point seen at the replica", largest(lags), "s", wanted(2.0 * INTERVAL_S as f64));
     row("a cycle, median", median(&totals) * 1e3, "ms", None);
     row("a cycle, longest of the last ones", largest(&totals) * 1e3, "ms", None);
-    for (what, before, after) in [
+    let mut cores = [0.0; 3];
+    for ((what, before, after), share) in [
         ("primary's site", before.primary_cpu_s, after.primary_cpu_s),
         ("replica's site", before.replica_cpu_s, after.replica_cpu_s),
         ("storage daemons", before.daemons_cpu_s, after.daemons_cpu_s),
-    ] {
+    ]
+    .into_iter()
+    .zip(&mut cores)
+    {
+        *share = (after - before) / elapsed_s * 100.0;
         row(&format!("processor time of a cycle, {what}"), (after - before) / all * 1e3, "ms", None);
-        row(&format!("share of one core, {what}"), (after - before) / elapsed_s * 100.0, "%", None);
+        row(&format!("share of one core, {what}"), *share, "%", None);
     }
-    for (what, peak) in sites.peaks()? {
+    let peaks = sites.peaks()?;
+    for (what, peak) in peaks {
         row(&format!("peak memory, {what}'s site"), peak, "MB", wanted(500.0));
     }
-    Ok(())
+    Ok(Load { vms: vms as f64, cores, memory_mb: peaks.map(|(_, peak)| peak) })
+}
+
+/// What so many VMs cost.
+struct Load {
+    vms: f64,
+    /// Shares of one core in per cent: the primary's site, the replica's, all storage daemons.
+    cores: [f64; 3],
+    /// The primary's site and the replica's.
+    memory_mb: [f64; 2],
+}
+
+fn drawn(loads: &[Load]) -> String {
+    let mut canvas = Canvas::new(
+        960.0,
+        450.0,
+        "What VMs cost a site, at an interval of 30 s",
+        "256 KiB changed in each VM and interval; both sites and all storage daemons on one machine",
+    );
+    let panel = |left, y| Panel {
+        left,
+        top: 104.0,
+        width: 270.0,
+        height: 260.0,
+        x: Axis::log("VMs", ticks(&[1.0, 10.0, 100.0, 1000.0], |vms| vms.to_string())),
+        y,
+    };
+    let line = |name: &str, style: Style, value: &dyn Fn(&Load) -> f64| Series {
+        name: name.into(),
+        style,
+        points: loads.iter().map(|load| (load.vms, value(load))).collect(),
+    };
+    let percent = ticks(&[0.01, 0.1, 1.0, 10.0, 100.0], |share| format!("{share} %"));
+    let cores = panel(64.0, Axis::log("share of one core", percent));
+    cores.frame(&mut canvas);
+    cores.lines(
+        &mut canvas,
+        &[
+            line("primary", BLUE, &|load| load.cores[0]),
+            line("replica", GREEN, &|load| load.cores[1]),
+            line("storage daemons", ORANGE, &|load| load.cores[2]),
+        ],
+    );
+    let megabytes = ticks(&[0.0, 100.0, 200.0, 300.0, 400.0, 500.0], |mb| format!("{mb} MB"));
+    let memory = panel(560.0, Axis::linear("peak memory", megabytes));
+    memory.frame(&mut canvas);
+    memory.lines(
+        &mut canvas,
+        &[
+            line("primary", BLUE, &|load| load.memory_mb[0]),
+            line("replica", GREEN, &|load| load.memory_mb[1]),
+        ],
+    );
+    canvas.finish()
 }
 
 #[cfg(test)]

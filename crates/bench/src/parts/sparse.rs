@@ -8,7 +8,7 @@ use rig::StorageDaemon;
 
 use super::{BY_HAND, Folder, Sites, rotated};
 use crate::disk::Disk;
-use crate::image::{self, MIB, Random, piece_offset};
+use crate::image;
 use crate::measure::{median, settle};
 use crate::peers::Restic;
 use crate::table::{Row, Table, Wanted};
@@ -22,8 +22,6 @@ const CHANGE: u64 = 100_000_000;
 const LARGE: &str = "large";
 const SMALL: &str = "small";
 const DISKS: [(&str, u64); 2] = [(LARGE, 100), (SMALL, 10)];
-/// Restic reads 100 GiB of zeros each time, which takes minutes and varies little against a bound of 1 %.
-const RESTIC_RUNS: u32 = 3;
 
 /// Runs the part.
 pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
@@ -45,7 +43,6 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
     restic.backup(&daemons[0].disk(DISK))?;
 
     let (mut large, mut small, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
-    let restic_runs = arguments.runs.min(RESTIC_RUNS);
     for run in 0..arguments.runs {
         say(&format!("backup of 100 MB changed, run {} of {}", run + 1, arguments.runs));
         change(&daemons, u64::from(run) + 1)?;
@@ -58,10 +55,8 @@ pub fn run(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
             let took = sites.backup(DISKS[n].0, repositories[n].path())?.seconds;
             if n == 0 { large.push(took) } else { small.push(took) }
         }
-        if run < restic_runs {
-            settle()?;
-            theirs.push(restic.backup(&daemons[0].disk(DISK))?.seconds);
-        }
+        settle()?;
+        theirs.push(restic.backup(&daemons[0].disk(DISK))?.seconds);
     }
     rows(&large, &small, &theirs, table);
     sites.memory("sparse", &[], table)
@@ -81,27 +76,10 @@ fn daemons(folder: &Folder) -> anyhow::Result<[StorageDaemon; 2]> {
 
 /// The same pieces change on both disks.
 fn change(daemons: &[StorageDaemon; 2], seed: u64) -> anyhow::Result<()> {
-    let parts = parts(seed);
     for ((_, gib), daemon) in DISKS.iter().zip(daemons) {
-        let extents: Vec<(u64, u64)> = parts
-            .iter()
-            .map(|&(piece, within, len)| (piece_offset(*gib, PIECES, piece) + within, len))
-            .collect();
-        Disk::open(daemon, DISK)?.change(&extents, seed)?;
+        Disk::open(daemon, DISK)?.change(&image::within_pieces(seed, *gib, PIECES, CHANGE), seed)?;
     }
     Ok(())
-}
-
-/// Which parts of the data change: the piece, where in it, and how much; 64 to 512 KiB each.
-fn parts(seed: u64) -> Vec<(u64, u64, u64)> {
-    let (mut random, mut left, mut parts) = (Random::new(seed), CHANGE, Vec::new());
-    while left > 0 {
-        let len = ((1 + random.next() % 8) * 65536).min(left.next_multiple_of(4096));
-        let within = random.next() % ((MIB as u64 - len) / 4096) * 4096;
-        parts.push((random.next() % PIECES, within, len));
-        left = left.saturating_sub(len);
-    }
-    parts
 }
 
 fn rows(large: &[f64], small: &[f64], theirs: &[f64], table: &mut Table) {
@@ -116,19 +94,4 @@ fn rows(large: &[f64], small: &[f64], theirs: &[f64], table: &mut Table) {
     };
     table.add(row("restic", theirs, 0.01));
     table.add(row("10 GiB disk", small, 1.3));
-    if theirs.len() < large.len() {
-        table.note(&format!("sparse: {} runs of restic, {} of ours", theirs.len(), large.len()));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_change_is_within_the_data() {
-        let parts = parts(3);
-        assert_eq!(parts.iter().map(|(_, _, len)| len).sum::<u64>(), CHANGE.next_multiple_of(4096));
-        assert!(parts.iter().all(|&(piece, within, len)| piece < PIECES && within + len <= MIB as u64));
-    }
 }

@@ -1,5 +1,7 @@
 //! Small SVG plots: panels with axes, lines that carry their names, and ranges. No fonts, no scripts, one file.
 //!
+//! What it does not do: choose ticks, or fit text to its place; whoever draws knows what is drawn.
+//!
 //! Colours are Okabe and Ito's, which colour-blind people tell apart; lines differ in dashes and markers too.
 
 use std::fmt::Write as _;
@@ -11,47 +13,65 @@ const GRID: &str = "#e4e7eb";
 
 /// How something is drawn.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Style {
+pub struct Style {
+    /// As SVG writes it.
     pub colour: &'static str,
+    /// Lengths of dashes and gaps; empty is a whole line.
     pub dash: &'static str,
+    /// What stands at each point.
     pub marker: Marker,
 }
 
 /// The shape of a line's points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Marker {
+pub enum Marker {
+    /// Nothing.
     None,
+    /// A circle.
     Circle,
+    /// A square.
     Square,
+    /// A triangle.
     Triangle,
+    /// A diamond.
     Diamond,
 }
 
-pub(crate) const BLUE: Style = Style { colour: "#0072b2", dash: "", marker: Marker::Circle };
-pub(crate) const VERMILION: Style = Style { colour: "#d55e00", dash: "", marker: Marker::Square };
-pub(crate) const GREEN: Style = Style { colour: "#009e73", dash: "", marker: Marker::Triangle };
-pub(crate) const PURPLE: Style = Style { colour: "#b0568c", dash: "", marker: Marker::Diamond };
-pub(crate) const SKY: Style = Style { colour: "#3b9dd8", dash: "7 4", marker: Marker::Circle };
-pub(crate) const ORANGE: Style = Style { colour: "#c98500", dash: "7 4", marker: Marker::Square };
+/// Blue with circles.
+pub const BLUE: Style = Style { colour: "#0072b2", dash: "", marker: Marker::Circle };
+/// Vermilion with squares.
+pub const VERMILION: Style = Style { colour: "#d55e00", dash: "", marker: Marker::Square };
+/// Green with triangles.
+pub const GREEN: Style = Style { colour: "#009e73", dash: "", marker: Marker::Triangle };
+/// Purple with diamonds.
+pub const PURPLE: Style = Style { colour: "#b0568c", dash: "", marker: Marker::Diamond };
+/// Sky blue, dashed.
+pub const SKY: Style = Style { colour: "#3b9dd8", dash: "7 4", marker: Marker::Circle };
+/// Orange, dashed.
+pub const ORANGE: Style = Style { colour: "#c98500", dash: "7 4", marker: Marker::Square };
 /// For what is calculated, not simulated.
-pub(crate) const THEORY: Style = Style { colour: "#5f6b7a", dash: "2 4", marker: Marker::None };
+pub const THEORY: Style = Style { colour: "#5f6b7a", dash: "2 4", marker: Marker::None };
 
 /// Where text is anchored.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Anchor {
+pub enum Anchor {
+    /// At its first letter.
     Start,
+    /// At its middle.
     Middle,
+    /// At its last letter.
     End,
 }
 
 /// An SVG file in the making.
-pub(crate) struct Canvas {
+pub struct Canvas {
     width: f64,
     height: f64,
     body: String,
 }
 
 impl Canvas {
+    /// An empty one, in pixels.
     pub fn new(width: f64, height: f64, title: &str, subtitle: &str) -> Self {
         let mut canvas = Self { width, height, body: String::new() };
         canvas.text(24.0, 34.0, Anchor::Start, 18.0, "600", INK, title);
@@ -59,6 +79,7 @@ impl Canvas {
         canvas
     }
 
+    /// A sentence at its foot.
     pub fn note(&mut self, text: &str) {
         self.text(24.0, self.height - 16.0, Anchor::Start, 11.5, "400", FAINT, text);
     }
@@ -119,6 +140,7 @@ impl Canvas {
     }
 
     /// The file.
+    #[must_use]
     pub fn finish(self) -> String {
         let Self { width, height, body } = self;
         format!(
@@ -132,20 +154,28 @@ impl Canvas {
 
 /// How values become places.
 #[derive(Debug, Clone)]
-pub(crate) struct Axis {
+pub struct Axis {
+    /// What is counted, and its unit.
     pub title: &'static str,
+    /// The value at its beginning.
     pub from: f64,
+    /// The value at its end.
     pub to: f64,
+    /// Whether equal ratios have equal lengths.
     pub log: bool,
     /// The values that are named, with their names.
     pub ticks: Vec<(f64, String)>,
 }
 
 impl Axis {
+    /// From the first tick to the last.
+    #[must_use]
     pub fn linear(title: &'static str, ticks: Vec<(f64, String)>) -> Self {
         Self { title, from: ticks[0].0, to: ticks[ticks.len() - 1].0, log: false, ticks }
     }
 
+    /// The same, with equal ratios at equal distances.
+    #[must_use]
     pub fn log(title: &'static str, ticks: Vec<(f64, String)>) -> Self {
         Self { log: true, ..Self::linear(title, ticks) }
     }
@@ -158,19 +188,28 @@ impl Axis {
 }
 
 /// A line and its name.
-pub(crate) struct Series {
+pub struct Series {
+    /// What stands at its end.
     pub name: String,
+    /// Its look.
     pub style: Style,
+    /// Values on both axes, in ascending order of the first.
     pub points: Vec<(f64, f64)>,
 }
 
 /// A part of a canvas with axes of its own.
-pub(crate) struct Panel {
+pub struct Panel {
+    /// Pixels from the canvas's left to its axes.
     pub left: f64,
+    /// Pixels from the canvas's top.
     pub top: f64,
+    /// Pixels between its axes' ends.
     pub width: f64,
+    /// The same of the other axis.
     pub height: f64,
+    /// The axis below.
     pub x: Axis,
+    /// The axis at the left.
     pub y: Axis,
 }
 
@@ -265,7 +304,8 @@ fn spread(places: &[f64], gap: f64, end: f64) -> Vec<f64> {
 }
 
 /// Ticks at these values, named by a function.
-pub(crate) fn ticks(values: &[f64], name: impl Fn(f64) -> String) -> Vec<(f64, String)> {
+#[must_use]
+pub fn ticks(values: &[f64], name: impl Fn(f64) -> String) -> Vec<(f64, String)> {
     values.iter().map(|value| (*value, name(*value))).collect()
 }
 

@@ -1,0 +1,129 @@
+//! A libvirt daemon of one's own, in session mode: it shares nothing with the machine's, and ends with its owner.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::programs::{Process, need, tool, wait_for};
+use crate::{Result, Trouble, doing};
+
+/// Debian's user nobody and its group nogroup: root's libvirt would be the machine's.
+const NOBODY: u32 = 65534;
+const URI: &str = "qemu:///session";
+
+/// A running daemon and its domains.
+pub struct Libvirt {
+    dir: PathBuf,
+    is_root: bool,
+    domains: Vec<String>,
+    _process: Process,
+}
+
+impl Libvirt {
+    /// Starts one that keeps everything in a folder. Its path must be short: sockets lie deep below it.
+    pub fn start(dir: &Path) -> Result<Self> {
+        need("libvirtd", "libvirt-daemon libvirt-daemon-driver-qemu")?;
+        need("virsh", "libvirt-clients")?;
+        need("setpriv", "util-linux")?;
+        need("qemu-system-x86_64", "qemu-system-x86")?;
+        fs::create_dir_all(dir).map_err(doing(dir.display()))?;
+        let uid = tool(Command::new("id").arg("-u"))?;
+        let is_root = uid.trim() == "0";
+        for folder in [dir.to_owned(), dir.join("h"), dir.join("r")] {
+            fs::create_dir_all(&folder).map_err(doing(folder.display()))?;
+            give(is_root, &folder)?;
+        }
+        let mut command = command_in(dir, is_root, "libvirtd");
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let process = Process::start(&mut command)?;
+        let socket = dir.join("r/libvirt/libvirt-sock");
+        wait_for("libvirtd", Duration::from_secs(20), || Ok(socket.exists().then_some(())))?;
+        Ok(Self { dir: dir.to_owned(), is_root, domains: Vec::new(), _process: process })
+    }
+
+    /// A command of the user whose daemon this is.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        command_in(&self.dir, self.is_root, program)
+    }
+
+    /// Lets that user have a file or folder.
+    pub fn give(&self, path: &Path) -> Result<()> {
+        give(self.is_root, path)
+    }
+
+    /// What `virsh` prints.
+    pub fn virsh(&self, arguments: &[&str]) -> Result<String> {
+        tool(self.command("virsh").args(["-q", "-c", URI]).args(arguments))
+    }
+
+    /// Starts a domain without a system, paused, with these disks (target, qcow2 file); its processor is emulated.
+    pub fn start_domain(&mut self, name: &str, disks: &[(&str, &Path)]) -> Result<()> {
+        let disks: String = disks
+            .iter()
+            .map(|(target, path)| {
+                format!(
+                    "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>\
+                     <source file='{}'/><target dev='{target}' bus='virtio'/></disk>",
+                    path.display()
+                )
+            })
+            .collect();
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
+             <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}</devices></domain>"
+        );
+        let path = self.dir.join(format!("{name}.xml"));
+        fs::write(&path, xml).map_err(doing(path.display()))?;
+        self.virsh(&["define", &path.to_string_lossy()])?;
+        self.domains.push(name.to_owned());
+        self.virsh(&["start", name, "--paused"])?;
+        Ok(())
+    }
+
+    /// What QEMU answers to a QMP command.
+    pub fn qmp(&self, domain: &str, execute: &str, arguments: &Value) -> Result<Value> {
+        let command = json!({"execute": execute, "arguments": arguments}).to_string();
+        let said = self.virsh(&["qemu-monitor-command", domain, &command])?;
+        let answer: Value = serde_json::from_str(&said).map_err(doing(&said))?;
+        match answer.get("error") {
+            Some(error) => Err(Trouble(format!("{execute} of {domain}: {error}"))),
+            None => Ok(answer["return"].clone()),
+        }
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        // QEMU is not a child of the daemon.
+        for domain in &self.domains {
+            let _ = self.virsh(&["destroy", domain]);
+        }
+    }
+}
+
+fn give(is_root: bool, path: &Path) -> Result<()> {
+    if is_root { chown(path, Some(NOBODY), Some(NOBODY)).map_err(doing(path.display())) } else { Ok(()) }
+}
+
+fn command_in(dir: &Path, is_root: bool, program: &str) -> Command {
+    let mut command = if is_root {
+        let mut command = Command::new("setpriv");
+        command.args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")]);
+        command.args(["--clear-groups", program]);
+        command
+    } else {
+        Command::new(program)
+    };
+    command.env("HOME", dir.join("h")).env("XDG_RUNTIME_DIR", dir.join("r"));
+    // Whatever the session of whoever runs this has told.
+    for name in ["XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "DBUS_SESSION_BUS_ADDRESS"] {
+        command.env_remove(name);
+    }
+    command
+}
