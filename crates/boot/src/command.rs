@@ -1,0 +1,266 @@
+//! QEMU's command line for a boot.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::process::Command;
+
+use crate::accelerator::{Accelerator, escaped};
+use crate::error::Error;
+use crate::machine::{Bus, Firmware, Kind, Machine};
+use crate::sign::SignOfLife;
+
+/// Debian's OVMF: the code, and the variables that a machine starts with.
+const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// The port that the guest agent listens on, as everywhere.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+
+/// What this site's owner says of a VM, where what its QEMU told is not enough: `DIR/machines/VM.toml`. It is trusted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Local {
+    /// Memory in MiB.
+    pub memory_mib: Option<u64>,
+    /// Processors.
+    pub cpus: Option<u32>,
+    /// A kernel that is started without a boot loader.
+    pub kernel: Option<PathBuf>,
+    /// Its initramfs.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub append: Option<String>,
+    /// Further arguments of QEMU, as they are.
+    pub args: Vec<String>,
+}
+
+/// QEMU's name of the serial console.
+pub(crate) const CONSOLE: &str = "console";
+/// What QEMU keeps of it until it is read.
+const CONSOLE_RING_BYTES: u32 = 1 << 20;
+
+/// A disk as an NBD export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootDisk {
+    /// The disk's name.
+    pub name: String,
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// The export.
+    pub export: String,
+}
+
+/// What is to be booted, and where its files go.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// QEMU.
+    pub program: String,
+    /// Its processor.
+    pub accelerator: Accelerator,
+    /// The machine.
+    pub machine: Machine,
+    /// What the site's owner adds.
+    pub local: Local,
+    /// The disks, the one with the boot loader first.
+    pub disks: Vec<BootDisk>,
+    /// What shows that the guest lives.
+    pub sign: SignOfLife,
+    /// How long it may take.
+    pub within: Duration,
+    /// A folder for the console's log, the screenshot and the sockets.
+    pub dir: PathBuf,
+}
+
+/// The files of a boot in its folder.
+pub(crate) struct Files<'a>(pub &'a Path);
+
+impl Files<'_> {
+    pub fn qmp(&self) -> PathBuf {
+        self.0.join("qmp")
+    }
+
+    pub fn agent(&self) -> PathBuf {
+        self.0.join("agent")
+    }
+
+    pub fn console(&self) -> PathBuf {
+        self.0.join("console.log")
+    }
+
+    pub fn errors(&self) -> PathBuf {
+        self.0.join("qemu.log")
+    }
+
+    pub fn screen(&self) -> PathBuf {
+        self.0.join("screen.png")
+    }
+
+    fn variables(&self) -> PathBuf {
+        self.0.join("uefi-variables.fd")
+    }
+}
+
+/// The command that boots what was ordered. `port` is where a TCP port of the guest is forwarded to.
+pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error> {
+    let Order { program, accelerator, machine, local, disks, sign, dir, .. } = order;
+    let files = &Files(dir);
+    let mut command = Command::new(program);
+    let kind = match machine.kind {
+        Kind::Pc => "pc",
+        Kind::Q35 => "q35",
+    };
+    command.args(["-machine", kind, "-accel", accelerator.name(), "-cpu", "max"]);
+    command.args(["-m", &local.memory_mib.unwrap_or(machine.memory_mib).to_string()]);
+    command.args(["-smp", &local.cpus.unwrap_or(machine.cpus).to_string()]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"]);
+    // A guest that gets out of its devices gets into nothing.
+    command.args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(&files.qmp())));
+    // A ring, because a guest can write for ever.
+    command.arg("-chardev").arg(format!("ringbuf,id={CONSOLE},size={CONSOLE_RING_BYTES}"));
+    command.arg("-serial").arg(format!("chardev:{CONSOLE}"));
+    command.args(["-device", "virtio-serial-pci"]);
+    command
+        .arg("-chardev")
+        .arg(format!("socket,id=agent,path={},server=on,wait=off", escaped(&files.agent())));
+    command.arg("-device").arg(format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
+    firmware(&mut command, machine.firmware, local, files)?;
+    network(&mut command, sign, port);
+    if disks.iter().any(|disk| machine.bus(&disk.name) == Bus::Scsi) {
+        command.args(["-device", "virtio-scsi-pci,id=scsi"]);
+    }
+    for (place, disk) in disks.iter().enumerate() {
+        let node = json!({"driver": "nbd", "node-name": format!("disk{place}"), "export": disk.export,
+            "server": {"type": "unix", "path": disk.socket}});
+        command.arg("-blockdev").arg(node.to_string());
+        command.arg("-device").arg(device(machine.bus(&disk.name), place));
+    }
+    command.args(&local.args);
+    Ok(command)
+}
+
+fn device(bus: Bus, place: usize) -> String {
+    let device = match bus {
+        Bus::Virtio => "virtio-blk-pci".to_owned(),
+        Bus::Scsi => "scsi-hd,bus=scsi.0".to_owned(),
+        Bus::Ide => "ide-hd".to_owned(),
+        Bus::Nvme => format!("nvme,serial=disk{place}"),
+    };
+    format!("{device},drive=disk{place},bootindex={place}")
+}
+
+fn firmware(
+    command: &mut Command,
+    firmware: Firmware,
+    local: &Local,
+    files: &Files<'_>,
+) -> Result<(), Error> {
+    if let Some(kernel) = &local.kernel {
+        command.arg("-kernel").arg(kernel);
+        if let Some(initrd) = &local.initrd {
+            command.arg("-initrd").arg(initrd);
+        }
+        if let Some(append) = &local.append {
+            command.arg("-append").arg(append);
+        }
+    } else if firmware == Firmware::Uefi {
+        if !Path::new(OVMF_CODE).exists() {
+            return Err(Error::NoFirmware(OVMF_CODE.into()));
+        }
+        let variables = files.variables();
+        std::fs::copy(OVMF_VARS, &variables).map_err(Error::io("copy to", &variables))?;
+        command.arg("-drive").arg(format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}"));
+        command.arg("-drive").arg(format!("if=pflash,format=raw,file={}", escaped(&variables)));
+    }
+    Ok(())
+}
+
+/// A network in which the guest is alone, where one is needed at all.
+fn network(command: &mut Command, sign: &SignOfLife, port: Option<u16>) {
+    match (sign, port) {
+        (SignOfLife::Tcp(inside), Some(outside)) => {
+            command
+                .arg("-netdev")
+                .arg(format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{outside}-:{inside}"));
+            command.args(["-device", "virtio-net-pci,netdev=net"]);
+        }
+        _ => {
+            command.args(["-nic", "none"]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn words(definition: &Value, local: &Local, sign: &SignOfLife) -> Vec<String> {
+        let disk = |name: &str| BootDisk {
+            name: name.into(),
+            socket: "/run/a,b/nbd.sock".into(),
+            export: name.into(),
+        };
+        let disks = [disk("system"), disk("data")];
+        let order = Order {
+            program: "qemu".into(),
+            accelerator: Accelerator::Tcg,
+            machine: Machine::of_definition(definition),
+            local: local.clone(),
+            disks: disks.into(),
+            sign: sign.clone(),
+            within: Duration::ZERO,
+            dir: "/var/lib/a,b/checks/1".into(),
+        };
+        let command = command(&order, Some(2222)).unwrap();
+        command.as_std().get_args().map(|word| word.to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn nothing_of_a_definition_but_known_words_gets_into_the_command_line() {
+        let evil = ",script=/tmp/x -monitor stdio";
+        let definition = json!({
+            "machine-type": format!("pc-q35{evil}"), "disk-devices": {"system": format!("ide-hd{evil}"), evil: evil},
+            "query-name": {"name": evil}, "query-memory-size-summary": {"base-memory": 1 << 30},
+        });
+        let words = words(&definition, &Local::default(), &SignOfLife::default());
+        assert!(!words.iter().any(|word| word.contains("script") || word.contains("stdio")), "{words:?}");
+        assert!(
+            words.contains(&"q35".to_owned()) && words.contains(&"ide-hd,drive=disk0,bootindex=0".to_owned())
+        );
+        assert!(words.contains(&"1024".to_owned()), "{words:?}");
+    }
+
+    #[test]
+    fn a_guest_has_no_network_but_for_the_port_that_is_its_sign_of_life() {
+        let none = words(&json!(null), &Local::default(), &SignOfLife::Agent);
+        assert!(none.windows(2).any(|pair| pair == ["-nic", "none"]), "{none:?}");
+        let tcp = words(&json!(null), &Local::default(), &SignOfLife::Tcp(22));
+        assert!(tcp.iter().any(|word| word == "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:2222-:22"));
+        assert!(!tcp.contains(&"-nic".to_owned()));
+    }
+
+    #[test]
+    fn what_the_owner_says_counts_and_commas_in_paths_are_no_options() {
+        let local = Local {
+            memory_mib: Some(300),
+            kernel: Some("/boot/vmlinuz".into()),
+            append: Some("console=ttyS0".into()),
+            args: vec!["-rtc".into(), "base=utc".into()],
+            ..Local::default()
+        };
+        let words = words(&json!({"query-block": [{"device": "pflash0"}]}), &local, &SignOfLife::Agent);
+        for pair in
+            [["-m", "300"], ["-kernel", "/boot/vmlinuz"], ["-append", "console=ttyS0"], ["-rtc", "base=utc"]]
+        {
+            assert!(words.windows(2).any(|words| words == pair), "{words:?}");
+        }
+        assert!(
+            words.contains(&"unix:/var/lib/a,,b/checks/1/qmp,server=on,wait=off".to_owned()),
+            "{words:?}"
+        );
+    }
+}
