@@ -35,7 +35,8 @@ impl Accelerator {
 }
 
 /// Whether a guest runs under KVM here: a machine without disks is started, and its firmware has to say something.
-/// In a VM whose host nests badly the device is there and guests stand still.
+/// In a VM whose host nests badly the device is there and guests stand still. Even this is no proof: there a firmware may
+/// run and a kernel not, so what does not boot under KVM is worth a try without it.
 pub async fn works(program: &str, dir: &Path) -> Result<bool, Error> {
     let said = dir.join("kvm-probe.log");
     let _ = std::fs::remove_file(&said);

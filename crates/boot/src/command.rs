@@ -135,7 +135,11 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
         let node = json!({"driver": "nbd", "node-name": format!("disk{place}"), "export": disk.export,
             "server": {"type": "unix", "path": disk.socket}});
         command.arg("-blockdev").arg(node.to_string());
-        command.arg("-device").arg(device(machine.bus(&disk.name), place));
+        let mut device = device(machine.bus(&disk.name), place);
+        if local.kernel.is_none() {
+            device.push_str(&format!(",bootindex={place}"));
+        }
+        command.arg("-device").arg(device);
     }
     command.args(&local.args);
     Ok(command)
@@ -148,7 +152,7 @@ fn device(bus: Bus, place: usize) -> String {
         Bus::Ide => "ide-hd".to_owned(),
         Bus::Nvme => format!("nvme,serial=disk{place}"),
     };
-    format!("{device},drive=disk{place},bootindex={place}")
+    format!("{device},drive=disk{place}")
 }
 
 fn firmware(

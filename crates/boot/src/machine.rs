@@ -103,6 +103,21 @@ impl Bus {
     }
 }
 
+/// How likely a disk is the one to boot from, by its first sector: the least first. A BIOS tries one disk alone, and a VM
+/// does not tell which.
+#[must_use]
+pub fn boot_rank(first_sector: &[u8]) -> u8 {
+    /// Where a boot sector's code ends and its partition table begins.
+    const CODE_BYTES: usize = 440;
+    let is_marked = first_sector.get(510..512) == Some(&[0x55, 0xaa]);
+    let has_code = first_sector.iter().take(CODE_BYTES).any(|&byte| byte != 0);
+    match (is_marked, has_code) {
+        (true, true) => 0,
+        (true, false) => 1,
+        (false, _) => 2,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -138,5 +153,17 @@ mod tests {
             assert_eq!((machine.kind, machine.firmware), (Kind::Pc, Firmware::Bios));
             assert_eq!((machine.memory_mib, machine.cpus), (1024, 1));
         }
+    }
+
+    #[test]
+    fn a_disk_with_boot_code_comes_before_one_with_partitions_alone() {
+        let mut sector = [0; 512];
+        assert_eq!((boot_rank(&sector), boot_rank(&[])), (2, 2));
+        sector[510..].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(boot_rank(&sector), 1);
+        sector[450] = 7; // a partition
+        assert_eq!(boot_rank(&sector), 1);
+        sector[0] = 0xeb;
+        assert_eq!(boot_rank(&sector), 0);
     }
 }

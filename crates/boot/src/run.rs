@@ -74,27 +74,26 @@ impl Instance {
         let started = Instant::now();
         let mut child =
             command.spawn().map_err(|source| Error::Program { program: order.program.clone(), source })?;
-        let qmp = loop {
-            if files.qmp().exists() {
-                break Qmp::connect(&files.qmp(), MONITOR).await;
-            }
+        let ended = |why: String| {
+            let said = std::fs::read_to_string(files.errors()).unwrap_or_default();
+            Error::Ended { said: format!("{} ({why})", said.trim()) }
+        };
+        while !files.qmp().exists() {
             if let Ok(Some(status)) = child.try_wait() {
-                let said = std::fs::read_to_string(files.errors()).unwrap_or_default();
-                return Err(Error::Ended { said: format!("{} ({status})", said.trim()) });
+                return Err(ended(status.to_string()));
             }
             if started.elapsed() > MONITOR {
-                let why = format!("its monitor did not open within {} s", MONITOR.as_secs());
-                return Err(Error::Ended { said: why });
+                return Err(ended(format!("its monitor did not open within {} s", MONITOR.as_secs())));
             }
             sleep(Duration::from_millis(20)).await;
-        };
-        let qmp = match (qmp, child.try_wait()) {
-            (Ok(qmp), _) => qmp,
-            (Err(_), Ok(Some(status))) => {
-                let said = std::fs::read_to_string(files.errors()).unwrap_or_default();
-                return Err(Error::Ended { said: format!("{} ({status})", said.trim()) });
-            }
-            (Err(error), _) => return Err(error.into()),
+        }
+        let qmp = match Qmp::connect(&files.qmp(), MONITOR).await {
+            Ok(qmp) => qmp,
+            // A QEMU that ends closes its monitor first; what it said is the better reason.
+            Err(error) => match timeout(Duration::from_secs(2), child.wait()).await {
+                Ok(Ok(status)) => return Err(ended(status.to_string())),
+                _ => return Err(error.into()),
+            },
         };
         let console = Console::new(&files.console()).map_err(Error::io("make", files.console()))?;
         Ok(Self { child, qmp, console, started, port, dir: order.dir.clone() })
@@ -115,12 +114,23 @@ impl Instance {
                     return Err(format!("the guest did not run through: QEMU told of {}", event.name));
                 }
             }
+            if let Some(why) = self.stands_still().await {
+                return Err(format!("the VM stands still: QEMU says {why}"));
+            }
             if self.shows(sign).await {
                 return Ok(self.started.elapsed());
             }
             sleep(LOOK).await;
         }
         Err(format!("it did not show {sign} within {} s", within.as_secs()))
+    }
+
+    /// Why QEMU has stopped the VM, if it has: a processor that cannot go on (`internal-error`: KVM within a VM does
+    /// that), a disk that cannot be read.
+    async fn stands_still(&self) -> Option<String> {
+        let status = self.qmp.run(qemu::Command::bare("query-status")).await.ok()?;
+        let status = status["status"].as_str().unwrap_or_default();
+        (!["running", "prelaunch"].contains(&status)).then(|| status.to_owned())
     }
 
     async fn shows(&mut self, sign: &SignOfLife) -> bool {

@@ -6,32 +6,18 @@ use std::time::Duration;
 
 use boot::{Accelerator, BootDisk, Evidence, Local, Machine, Order, SignOfLife, boot};
 use nbd::{CowDisk, Disk, Server};
+use rig::boot_sector;
 use serde_json::{Value, json};
 
-const WORDS: &str = "afterimage lives";
 const DISK_BYTES: usize = 1 << 20;
 
-/// Sixteen-bit code that writes [`WORDS`] to the first serial port, byte by byte, and halts.
-fn boot_sector() -> Vec<u8> {
-    const CODE: [u8; 21] = [
-        0x31, 0xc0, // xor ax, ax
-        0x8e, 0xd8, // mov ds, ax
-        0xbe, 0x15, 0x7c, // mov si, 0x7c15: the words
-        0xba, 0xf8, 0x03, // mov dx, 0x3f8: the port
-        0xac, // lodsb
-        0x08, 0xc0, // or al, al
-        0x74, 0x03, // jz to hlt
-        0xee, // out dx, al
-        0xeb, 0xf8, // jmp to lodsb
-        0xf4, // hlt
-        0xeb, 0xfd, // jmp to hlt
-    ];
+fn bootable() -> Vec<u8> {
     let mut disk = vec![0; DISK_BYTES];
-    disk[..CODE.len()].copy_from_slice(&CODE);
-    disk[CODE.len()..CODE.len() + WORDS.len()].copy_from_slice(WORDS.as_bytes());
-    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk[..512].copy_from_slice(&boot_sector(WORDS));
     disk
 }
+
+const WORDS: &str = "afterimage lives";
 
 struct Bytes(Vec<u8>);
 
@@ -81,7 +67,7 @@ async fn a_guest_that_speaks_lives_whatever_its_disk_is_attached_to() {
             let definition = json!({"machine-type": machine, "disk-devices": {"system": device}});
             let sign = format!("console:{WORDS}");
             let limit = Duration::from_secs(60);
-            let evidence = boot_disk(boot_sector(), &definition, &sign, limit, dir.path()).await;
+            let evidence = boot_disk(bootable(), &definition, &sign, limit, dir.path()).await;
             assert!(evidence.alive_after.is_some(), "{machine}, {device}: {evidence:?}");
             assert_eq!(evidence.why_not, None);
             assert!(std::fs::read_to_string(&evidence.console).unwrap().contains(WORDS));
@@ -105,11 +91,10 @@ async fn a_disk_that_does_not_boot_shows_no_sign_and_says_which() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_not_there_is_no_sign_and_running_on_is_one() {
     let dir = tempfile::tempdir().unwrap();
-    let evidence = boot_disk(boot_sector(), &json!(null), "agent", Duration::from_secs(3), dir.path()).await;
+    let evidence = boot_disk(bootable(), &json!(null), "agent", Duration::from_secs(3), dir.path()).await;
     assert_eq!(evidence.alive_after, None);
     let dir = tempfile::tempdir().unwrap();
-    let evidence =
-        boot_disk(boot_sector(), &json!(null), "runs:3s", Duration::from_secs(20), dir.path()).await;
+    let evidence = boot_disk(bootable(), &json!(null), "runs:3s", Duration::from_secs(20), dir.path()).await;
     assert!(evidence.alive_after.unwrap() >= Duration::from_secs(3), "{evidence:?}");
 }
 

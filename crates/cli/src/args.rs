@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::{LogId, VmName};
 
@@ -101,6 +102,13 @@ pub enum Command {
     Export(Export),
     /// End an export.
     Unexport { export: String },
+    /// Boot a recovery point or a backup, isolated, and wait for a sign of life; the replica stays as it is.
+    Check(Check),
+    /// The newest boot checks.
+    Checks {
+        /// Of one VM only.
+        vm: Option<VmName>,
+    },
     /// Start a VM from its replica, or go back.
     #[command(subcommand)]
     Failover(Failover),
@@ -177,6 +185,9 @@ pub struct Protect {
     /// The most that this relationship may send, in bytes per second (500k, 2M, 1G).
     #[arg(long, value_parser = bytes_per_second, value_name = "RATE")]
     pub bandwidth: Option<u64>,
+    /// What shows that the VM has booted, for boot checks of its replica: agent, console:TEXT, tcp:PORT or runs:30s.
+    #[arg(long, value_name = "SIGN")]
+    pub sign_of_life: Option<SignOfLife>,
 }
 
 #[derive(Debug, Args)]
@@ -244,6 +255,27 @@ pub struct Export {
     /// Let it be written to; what is written is gone with the export.
     #[arg(long)]
     pub writable: bool,
+    #[command(flatten)]
+    pub repository: RepositoryArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The VM.
+    pub vm: VmName,
+    /// The recovery point; the newest if none is named.
+    #[arg(long, value_name = "ID")]
+    pub point: Option<LogId>,
+    /// A backup instead.
+    #[arg(long, value_name = "ID", conflicts_with = "point")]
+    pub backup: Option<String>,
+    /// What shows that the guest lives: agent, console:TEXT, tcp:PORT or runs:30s; what `protect` named, if nothing
+    /// is given.
+    #[arg(long, value_name = "SIGN")]
+    pub sign_of_life: Option<SignOfLife>,
+    /// How long it may take; what the config says, if nothing is given.
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub within: Option<Duration>,
     #[command(flatten)]
     pub repository: RepositoryArgument,
 }

@@ -137,7 +137,9 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
     bar.clear();
     let answer = answer?;
     let text = show::answer(&request, &answer);
-    Ok(Said::new(answer, text))
+    // A guest that does not boot is an answer, and no success.
+    let status = u8::from(matches!(request, Request::Check(_)) && answer["alive"] != true);
+    Ok(Said { json: answer, text, status })
 }
 
 fn request(command: &Command) -> Result<Request, Failure> {
@@ -159,6 +161,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
             app_every_s: protect.app_every.map(|every| every.as_secs()),
             guest_agent: protect.guest_agent.as_deref().map(absolute).transpose()?,
             bandwidth_bytes_per_s: protect.bandwidth,
+            sign_of_life: protect.sign_of_life.clone(),
         })),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
         Command::Points { vm } => Request::Points { vm: vm.clone() },
@@ -184,6 +187,23 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Release { hold } => Request::Release { hold: hold.clone() },
         Command::Export(export) => Request::Export(exported(export)?),
         Command::Unexport { export } => Request::Unexport { export: export.clone() },
+        Command::Check(check) => {
+            let what = match &check.backup {
+                Some(backup) => Exported::Backup {
+                    backup: backup.clone(),
+                    repository: check.repository.repository.clone(),
+                },
+                None => Exported::Point { vm: check.vm.clone(), point: check.point },
+            };
+            let within_s = check.within.map(|within| within.as_secs().max(1));
+            Request::Check(site::Check {
+                vm: check.vm.clone(),
+                what,
+                sign: check.sign_of_life.clone(),
+                within_s,
+            })
+        }
+        Command::Checks { vm } => Request::Checks { vm: vm.clone() },
         Command::Failover(Failover::Unplanned { vm, point }) => {
             Request::Failover { action: FailoverAction::Unplanned, vm: vm.clone(), point: *point }
         }

@@ -69,6 +69,8 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Release { hold } => format!("Hold {hold} is released; it was valid to its end."),
         Request::Export(_) => export(answer),
         Request::Unexport { export } => format!("Export {export} is ended."),
+        Request::Check(_) => check(answer),
+        Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover { .. } => failover(answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
         Request::Events { .. } => events(list(&answer["events"])),
@@ -290,6 +292,45 @@ fn export(answer: &Value) -> String {
     }
     let _ = write!(shown, "\nEnd it: afterimage unexport {}", text(&answer["export"]));
     shown
+}
+
+fn check(answer: &Value) -> String {
+    let kind = text(&answer["kind"]);
+    let what = format!("{} ({kind} {})", text(&answer["vm"]), text(&answer[kind]));
+    let mut shown = match answer["boot_s"].as_f64() {
+        Some(boot_s) => {
+            format!("{what} boots: it showed {} after {boot_s:.1} s.\n", text(&answer["sign"]))
+        }
+        None => format!("{what} does NOT boot: {}.\n", text(&answer["why"])),
+    };
+    for (name, key) in [("screen", "screenshot"), ("console", "console")] {
+        let _ = writeln!(shown, "  {name:<8} {}", text(&answer[key]));
+    }
+    shown
+}
+
+fn checks(checks: &[Value]) -> String {
+    let rows: Vec<_> = checks
+        .iter()
+        .map(|check| {
+            let kind = text(&check["kind"]);
+            let outcome = match check["boot_s"].as_f64() {
+                Some(boot_s) => format!("boots in {boot_s:.1} s"),
+                None => format!("FAILED: {}", text(&check["why"])),
+            };
+            vec![
+                moment(&check["at"]),
+                text(&check["vm"]).to_owned(),
+                format!("{kind} {}", text(&check[kind])),
+                text(&check["sign"]).to_owned(),
+                outcome,
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "Nothing was boot-checked yet: 'afterimage check VM' does it.".into();
+    }
+    table(&["AT", "VM", "WHAT", "SIGN OF LIFE", "OUTCOME"], &rows)
 }
 
 fn failover(answer: &Value) -> String {

@@ -106,6 +106,19 @@ impl World {
         }
     }
 
+    /// This guest has no boot loader: the replica's site is told of its kernel.
+    fn machine_file(&self) {
+        let machines = self.head.dir().join("machines");
+        std::fs::create_dir(&machines).unwrap();
+        let text = format!(
+            "memory-mib = 448\nkernel = {:?}\ninitrd = {:?}\nappend = {:?}\n",
+            self.image.kernel(),
+            self.image.initramfs(),
+            "console=ttyS0 loglevel=1 panic=-1 no_timer_check mitigations=off guest.mode=run"
+        );
+        std::fs::write(machines.join(format!("{VM}.toml")), text).unwrap();
+    }
+
     /// What the check boot said.
     fn said(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("boot/console.log")).unwrap_or_default()
@@ -193,6 +206,14 @@ fn a_guest_that_is_killed_goes_on_from_its_replica() {
     let (backup, checked) = world.back_up_and_boot(&["--consistency", "application"]);
     assert!(application(&backup), "{backup}");
     assert!(!checked.needs_recovery, "a file system at rest has nothing to replay: {backup}");
+
+    println!("booted by its replica's site, while it is replicated:");
+    world.machine_file();
+    for sign in ["console:ack relay-sqlite", "agent"] {
+        let report = world.head.ok(&["check", VM, "--sign-of-life", sign]).unwrap();
+        assert_eq!(report["alive"], true, "{report}");
+        println!("  {sign} after {} s", report["boot_s"]);
+    }
 
     println!("killed, and read over NBD:");
     world.guest.kill();

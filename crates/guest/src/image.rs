@@ -58,11 +58,15 @@ impl GuestImage {
         copied.into_iter().collect()
     }
 
-    pub(crate) fn kernel(&self) -> PathBuf {
+    /// Its kernel.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
         self.dir.join(KERNEL)
     }
 
-    pub(crate) fn initramfs(&self) -> PathBuf {
+    /// Its initramfs.
+    #[must_use]
+    pub fn initramfs(&self) -> PathBuf {
         self.dir.join(INITRAMFS)
     }
 }

@@ -149,6 +149,10 @@ impl<P: Ports> Relationship<P> {
 
     async fn offer(&self, vm: &P::Guest) -> Offer {
         let row = &self.row;
+        let mut definition = vm.definition().await.unwrap_or_default();
+        if let (Some(sign), Some(told)) = (&row.settings.sign_of_life, definition.as_object_mut()) {
+            told.insert("sign-of-life".into(), sign.as_str().into());
+        }
         Offer {
             vm: row.vm,
             vm_name: row.name.clone(),
@@ -160,7 +164,7 @@ impl<P: Ports> Relationship<P> {
             interval_s: row.settings.interval.as_secs(),
             points: row.settings.points,
             primary_name: self.shared.config.site_name.clone(),
-            definition: vm.definition().await.unwrap_or_default(),
+            definition,
             phase: row.phase.clone(),
             error: row.error.as_ref().map(|failure| failure.message.clone()),
             paused: row.paused,

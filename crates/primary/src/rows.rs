@@ -50,6 +50,9 @@ pub struct Settings {
     pub guest_agent: Option<PathBuf>,
     /// The most that this relationship may send, in bytes per second.
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// What shows that the VM has booted, for boot checks of its replica.
+    #[serde(default)]
+    pub sign_of_life: Option<String>,
 }
 
 /// A disk as agreed with the replica.
@@ -202,6 +205,7 @@ mod tests {
                 app_every: None,
                 guest_agent: None,
                 bandwidth_bytes_per_s: Some(1_000_000),
+                sign_of_life: Some("agent".into()),
             },
             disks: vec![KnownDisk { node: "vda".into(), name: "vda".parse().unwrap(), size_bytes: 1 << 30 }],
             phase: Phase::InitialReplication { progress: Progress { covered_bytes: 1, total_bytes: 2 } },

@@ -1,6 +1,6 @@
-//! What QEMU tells of a VM: kept with its backups, for the person who has to build it again.
+//! What QEMU tells of a VM: kept with its backups, for the person who has to build it again, and for boot checks.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::error::Error;
 use crate::names::is_any_ours;
@@ -41,8 +41,33 @@ impl Vm {
             }
         }
         told.insert("query-named-block-nodes".into(), without_ours(nodes));
+        let machine = [("/machine".to_owned(), "machine-type")].into();
+        told.extend(self.types(machine).await?);
+        let disks = self.disks().await.unwrap_or_default();
+        let devices = disks.iter().filter_map(|disk| Some((path(disk.qdev.as_ref()?), disk.name.as_str())));
+        told.insert("disk-devices".into(), Value::Object(self.types(devices.collect()).await?));
         Ok(Value::Object(told))
     }
+
+    /// The types of objects, by the names given; those that there are none of are left out.
+    async fn types(&self, objects: Vec<(String, &str)>) -> Result<Map<String, Value>, Error> {
+        let ask = |path: &String| Command::new("qom-get", json!({"path": path, "property": "type"}));
+        let answers = self.qmp().run_each(objects.iter().map(|(path, _)| ask(path)).collect()).await;
+        let mut types = Map::new();
+        for ((_, name), answer) in objects.iter().zip(answers) {
+            match answer {
+                Ok(found) => drop(types.insert((*name).to_owned(), found)),
+                Err(error) if error.is_gone() => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(types)
+    }
+}
+
+/// The QOM path of a device: QEMU tells the id of one that was given an id, and else its path.
+fn path(qdev: &String) -> String {
+    if qdev.starts_with('/') { qdev.clone() } else { format!("/machine/peripheral/{qdev}") }
 }
 
 fn without_ours(mut nodes: Value) -> Value {

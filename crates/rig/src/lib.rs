@@ -18,7 +18,7 @@ pub use line::Line;
 pub use lossy::LossyDisk;
 pub use programs::{Process, need, need_crate, this_program, tool, wait_for};
 pub use site::{Output, Site, free_address};
-pub use writer::{Writer, fill, nbd_address, noise, state_of_exports, state_of_files};
+pub use writer::{Writer, boot_sector, fill, nbd_address, noise, state_of_exports, state_of_files, write};
 
 /// Why something could not be set up or did not do what it had to; the message says all.
 #[derive(thiserror::Error)]

@@ -194,3 +194,40 @@ pub fn fill(daemon: &StorageDaemon, name: &str, offset: u64, len: u64, seed: u64
     }
     runtime.block_on(disk.flush()).map_err(failed())
 }
+
+/// Writes bytes to a daemon's disk, and flushes it.
+pub fn write(daemon: &StorageDaemon, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+    let failed = || doing::<nbd::Error>(format!("writing to disk {name}"));
+    runtime()?.block_on(async {
+        let disk = Client::connect(&daemon.nbd(), name, &[]).await.map_err(failed())?;
+        disk.write(offset, bytes).await.map_err(failed())?;
+        disk.flush().await.map_err(failed())
+    })
+}
+
+/// A boot sector that writes `words` to the first serial port, byte by byte, and halts: the smallest guest that can be
+/// seen to boot.
+///
+/// # Panics
+/// If the words are too long for it.
+#[must_use]
+pub fn boot_sector(words: &str) -> [u8; 512] {
+    const CODE: [u8; 21] = [
+        0x31, 0xc0, // xor ax, ax
+        0x8e, 0xd8, // mov ds, ax
+        0xbe, 0x15, 0x7c, // mov si, 0x7c15: the words
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8: the port
+        0xac, // lodsb
+        0x08, 0xc0, // or al, al
+        0x74, 0x03, // jz to hlt
+        0xee, // out dx, al
+        0xeb, 0xf8, // jmp to lodsb
+        0xf4, // hlt
+        0xeb, 0xfd, // jmp to hlt
+    ];
+    let mut sector = [0; 512];
+    sector[..CODE.len()].copy_from_slice(&CODE);
+    sector[CODE.len()..][..words.len()].copy_from_slice(words.as_bytes());
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    sector
+}

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use wire::Invite;
 
 use crate::backup::Backups;
+use crate::checks::Checks;
 use crate::clock::{now, rfc3339};
 use crate::config::Config;
 use crate::control::{Commands, Reporter};
@@ -32,6 +33,7 @@ pub(crate) struct Site {
     pub store: Store,
     pub jobs: Arc<Jobs<Backups>>,
     pub exports: Arc<Exports>,
+    pub checks: Checks,
 }
 
 impl Commands for Site {
@@ -61,8 +63,10 @@ impl Commands for Site {
             }
             Request::Failover { action: FailoverAction::Cancel, vm, .. } => self.failover_cancel(&vm).await,
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
-            Request::Export(export) => self.exports.add(export).await,
+            Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
+            Request::Check(check) => self.checks.run(check).await,
+            Request::Checks { vm } => Ok(json!({ "checks": self.checks.list(vm.as_ref())? })),
             Request::Events { count } => Ok(json!({ "events": self.events_shown(count)? })),
         }
     }
@@ -117,6 +121,7 @@ impl Site {
             app_every: protect.app_every_s.map(Duration::from_secs),
             guest_agent: protect.guest_agent,
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
+            sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
         };
         self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
     }

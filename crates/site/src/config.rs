@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use boot::Accelerator;
 use model::{CycleBackoff, HealthThresholds, RetryPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,9 @@ pub struct Config {
     /// How refused backups come home.
     #[serde(default)]
     pub backup: Backup,
+    /// How points and backups are booted to check them.
+    #[serde(default)]
+    pub boot: Boot,
     /// Where backups live, by name.
     #[serde(default)]
     pub repositories: BTreeMap<String, RepositorySettings>,
@@ -158,6 +162,37 @@ impl Default for Backup {
     }
 }
 
+/// How points and backups are booted to check them.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Boot {
+    /// QEMU.
+    pub program: String,
+    /// What a checked guest's processor is made of; found out if nothing is set.
+    pub accelerator: Option<Accelerator>,
+    /// No checked guest gets more memory, in MiB.
+    pub memory_max_mib: u64,
+    /// No checked guest gets more processors.
+    pub cpus_max: u32,
+    /// How long a guest may take to show a sign of life, in seconds.
+    pub within_s: u64,
+    /// Boot checks whose evidence is kept, of each VM.
+    pub kept: u32,
+}
+
+impl Default for Boot {
+    fn default() -> Self {
+        Self {
+            program: "qemu-system-x86_64".into(),
+            accelerator: None,
+            memory_max_mib: 2048,
+            cpus_max: 2,
+            within_s: 300,
+            kept: 10,
+        }
+    }
+}
+
 /// One repository.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -216,6 +251,10 @@ impl Config {
             ("backup.at-once", self.backup.at_once as u64, 1..=64),
             ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
             ("backup.window-min", self.backup.window_min, 1..=7 * 24 * 60),
+            ("boot.memory-max-mib", self.boot.memory_max_mib, 64..=1 << 20),
+            ("boot.cpus-max", u64::from(self.boot.cpus_max), 1..=256),
+            ("boot.within-s", self.boot.within_s, 1..=86_400),
+            ("boot.kept", u64::from(self.boot.kept), 1..=1000),
         ];
         for (setting, value, range) in ranges {
             if !range.contains(&value) {
@@ -299,7 +338,7 @@ fn own_address(v6: bool) -> std::io::Result<IpAddr> {
 #[must_use]
 pub fn template(name: &str, listen: SocketAddr) -> String {
     let (replication, replica) = (Replication::default(), Replica::default());
-    let (health, backup) = (HealthSettings::default(), Backup::default());
+    let (health, backup, boot) = (HealthSettings::default(), Backup::default(), Boot::default());
     let backoff: Vec<String> = replication.backoff_s.iter().map(u64::to_string).collect();
     let mut text = String::new();
     let _ = write!(
@@ -340,6 +379,14 @@ barrier-after = {barrier}        # collisions with an apply in a row until appli
 window-min = {window}            # how long a backup is tried at the most
 application-max-age-min = {age}  # for --consistency prefer-application
 
+[boot]                           # how points and backups are booted to check them
+program = "{program}"
+# accelerator = "tcg"            # or "kvm"; found out if nothing is set
+memory-max-mib = {memory_max}    # no checked guest gets more memory
+cpus-max = {cpus_max}            # nor more processors
+within-s = {within}              # how long a guest may take to show a sign of life
+kept = {kept}                    # checks whose console and screen are kept, of each VM
+
 [repositories.{LOCAL_REPOSITORY}]
 path = "repository"
 password-file = "repository.password"
@@ -366,6 +413,11 @@ password-file = "repository.password"
         barrier = backup.barrier_after,
         window = backup.window_min,
         age = backup.application_max_age_min,
+        program = boot.program,
+        memory_max = boot.memory_max_mib,
+        cpus_max = boot.cpus_max,
+        within = boot.within_s,
+        kept = boot.kept,
     );
     text
 }

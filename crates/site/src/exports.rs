@@ -58,7 +58,7 @@ impl Exports {
     }
 
     /// Shows the disks of a point or of a backup.
-    pub async fn add(self: &Arc<Self>, export: Export) -> Result<Value, Failure> {
+    pub async fn add(self: &Arc<Self>, export: Export) -> Result<Shown, Failure> {
         let exports = self.clone();
         let added = tokio::task::spawn_blocking(move || exports.add_blocking(&export)).await;
         added.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
@@ -84,9 +84,9 @@ impl Exports {
         }
     }
 
-    fn add_blocking(&self, export: &Export) -> Result<Value, Failure> {
+    fn add_blocking(&self, export: &Export) -> Result<Shown, Failure> {
         let id = hex::encode(random::bytes::<6>()?);
-        let disks = match &export.what {
+        let (definition, seen, disks) = match &export.what {
             Exported::Point { vm, point } => {
                 let vm = replica_named(&self.store, vm)?;
                 let points = self.store.points(vm)?;
@@ -96,26 +96,35 @@ impl Exports {
                 };
                 let no_point = "there is no such recovery point; 'afterimage points' lists those there are";
                 let point = found.ok_or_else(|| Failure::new(Code::NoSuchPoint, no_point))?;
-                disks_of_view(self.store.open_view(self.store.admit(vm, Access::Pinned, point.number)?)?)
+                let view = self.store.open_view(self.store.admit(vm, Access::Pinned, point.number)?)?;
+                (view.definition()?, point.id.to_string(), disks_of_view(view))
             }
             Exported::Backup { backup, repository } => {
                 let repository = Arc::new(open_repository(&self.dir, &self.config, repository)?);
                 let backup = repository.find(backup)?;
-                disks_of_backup(repository.reader(&backup)?)
+                let definition = repository.definition(&backup)?;
+                (definition, backup.id.to_string(), disks_of_backup(repository.reader(&backup)?))
             }
         };
-        let mut names = Vec::new();
         let mut shown = Vec::new();
         for (disk_name, disk) in disks {
             let disk = if export.writable { self.writable(&id, &disk_name, disk)? } else { disk };
+            let mut first_sector = [0; 512];
+            let is_read = disk.size_bytes() >= 512 && disk.read_at(0, &mut first_sector).is_ok();
+            let boot_rank = if is_read { boot::boot_rank(&first_sector) } else { u8::MAX };
             let name = format!("{id}-{disk_name}");
             self.server.add(&name, disk).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
-            let uri = format!("nbd+unix:///{name}?socket={}", self.socket.display());
-            shown.push(json!({ "name": disk_name, "uri": uri }));
-            names.push(name);
+            shown.push(ShownDisk { name: disk_name, export: name, boot_rank });
         }
-        self.lock().insert(id.clone(), names);
-        Ok(json!({ "export": id, "writable": export.writable, "disks": shown }))
+        self.lock().insert(id.clone(), shown.iter().map(|disk| disk.export.clone()).collect());
+        Ok(Shown {
+            id,
+            seen,
+            definition,
+            writable: export.writable,
+            disks: shown,
+            socket: self.socket.clone(),
+        })
     }
 
     /// A layer over a disk that takes what is written.
@@ -135,6 +144,38 @@ impl Exports {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<String>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An export.
+pub(crate) struct Shown {
+    pub id: String,
+    /// The id of the point or of the backup.
+    pub seen: String,
+    /// The VM's definition.
+    pub definition: Value,
+    writable: bool,
+    pub disks: Vec<ShownDisk>,
+    /// The NBD server's socket.
+    pub socket: PathBuf,
+}
+
+/// A disk of an export.
+pub(crate) struct ShownDisk {
+    pub name: String,
+    /// Its name as an NBD export.
+    pub export: String,
+    /// See [`boot::boot_rank`].
+    pub boot_rank: u8,
+}
+
+impl Shown {
+    /// As commands show it.
+    pub fn shown(&self) -> Value {
+        let uri = |export: &str| format!("nbd+unix:///{export}?socket={}", self.socket.display());
+        let disk = |disk: &ShownDisk| json!({ "name": disk.name, "uri": uri(&disk.export) });
+        let disks: Vec<Value> = self.disks.iter().map(disk).collect();
+        json!({ "export": self.id, "writable": self.writable, "disks": disks })
     }
 }
 

@@ -59,6 +59,8 @@ pub enum Code {
     Replica,
     /// A failover that cannot be done in this state.
     Failover,
+    /// A guest could not be booted.
+    Boot,
     /// Stopped by a person, or because the site ends.
     Stopped,
     /// A defect of this program.

@@ -10,6 +10,7 @@
 //! `repository`), parse a command line (`cli`).
 
 mod backup;
+mod checks;
 mod clock;
 mod commands;
 mod config;
@@ -34,6 +35,6 @@ pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
-pub use request::{BackupRequest, Export, Exported, FailoverAction, Line, Progress, Protect, Request};
+pub use request::{BackupRequest, Check, Export, Exported, FailoverAction, Line, Progress, Protect, Request};
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use boot::SignOfLife;
 use model::gate::Access;
 use model::{LogId, VmName, Wanted};
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,13 @@ pub enum Request {
         /// The export.
         export: String,
     },
+    /// Boots a point or a backup, isolated, and waits for a sign of life.
+    Check(Check),
+    /// The newest boot checks.
+    Checks {
+        /// Of one VM only.
+        vm: Option<VmName>,
+    },
     /// Failover of a replica.
     Failover {
         /// What is to be done.
@@ -151,6 +159,9 @@ pub struct Protect {
     pub guest_agent: Option<PathBuf>,
     /// The bandwidth limit in bytes per second.
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// What shows that the VM has booted, for boot checks of its replica.
+    #[serde(default)]
+    pub sign_of_life: Option<SignOfLife>,
 }
 
 /// A wish for a backup.
@@ -177,6 +188,19 @@ pub struct Export {
     pub what: Exported,
     /// It can be written to; what is written is gone with the export.
     pub writable: bool,
+}
+
+/// A boot check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// The VM.
+    pub vm: VmName,
+    /// What is booted.
+    pub what: Exported,
+    /// What it waits for; what the relationship names if nothing is given.
+    pub sign: Option<SignOfLife>,
+    /// How long at the most, in seconds; the site's `boot.within-s` if nothing is given.
+    pub within_s: Option<u64>,
 }
 
 /// What an export shows.

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use wire::Identity;
 
 use crate::backup::Backups;
+use crate::checks::Checks;
 use crate::commands::Site;
 use crate::config::Config;
 use crate::control;
@@ -87,9 +88,12 @@ async fn open(
     let backups = Arc::new(Backups::new(dir.to_owned(), config.clone(), store.clone(), events.clone()));
     let window = Duration::from_secs(config.backup.window_min * 60);
     let (policy, at_once) = (config.retry_policy(), config.backup.at_once);
+    let checked = catalog.clone();
     let jobs = Jobs::open(catalog, policy, window, at_once, stop.clone(), backups)?;
     let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
-    Ok(Arc::new(Site { config, peers, events, primary, store, jobs, exports: Arc::new(exports) }))
+    let exports = Arc::new(exports);
+    let checks = Checks::open(dir, config.boot.clone(), checked, exports.clone(), events.clone())?;
+    Ok(Arc::new(Site { config, peers, events, primary, store, jobs, exports, checks }))
 }
 
 /// A folder of the site, made if it is not there.

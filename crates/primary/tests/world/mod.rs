@@ -128,6 +128,7 @@ pub fn request() -> ProtectRequest {
             app_every: Some(Duration::from_secs(3600)),
             guest_agent: Some("/nowhere/agent".into()),
             bandwidth_bytes_per_s: None,
+            sign_of_life: None,
         },
     }
 }

@@ -134,6 +134,7 @@ impl World {
                 app_every: vm.app_every_s.map(Duration::from_secs),
                 guest_agent: vm.app_every_s.map(|_| PathBuf::from("/run/agent")),
                 bandwidth_bytes_per_s: None,
+                sign_of_life: None,
             };
             let mut protecting = Box::pin(Relationship::protect(&shared, ProtectRequest { name, settings }));
             let protected = (0..TURNS_MAX).find_map(|_| match turn(protecting.as_mut()) {
