@@ -45,7 +45,7 @@ fleet:
 	$(CARGO) run --locked --release -p afterimage-fleet -- $(FLEET)
 
 build:
-	$(CARGO) build --locked --release --bin afterimage
+	$(CARGO) build --locked --release -p afterimage-cli
 
 install: build
 	install -D -m 755 target/release/afterimage $(DESTDIR)$(PREFIX)/bin/afterimage

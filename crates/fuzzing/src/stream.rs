@@ -74,10 +74,10 @@ impl AsyncWrite for Script {
     }
 }
 
-/// Runs on this thread's own runtime, which is made once.
+/// Runs on this thread's own runtime, which is made once, and whose clock jumps to whatever is waited for.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     thread_local! {
-        static RUNTIME: Runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
+        static RUNTIME: Runtime = Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     }
     RUNTIME.with(|runtime| {
         runtime.block_on(async {

@@ -31,8 +31,10 @@ pub(crate) fn qmp(data: &[u8]) {
 
 /// Each line is what the guest answers to one question; `@` stands for the id that the question has.
 pub(crate) fn agent(data: &[u8]) {
-    // A runtime of its own: a thaw that failed goes on for a minute, and ends with it.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    // A runtime of its own: a thaw that failed goes on for a minute, and ends with it. Its clock jumps to whatever is
+    // waited for: a guest that does not answer costs no time.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().start_paused(true).build().expect("a runtime");
     runtime.block_on(async {
         let (ours, theirs) = tokio::io::duplex(4096);
         let guest = tokio::spawn(guest(theirs, data.to_vec()));
