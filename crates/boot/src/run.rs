@@ -157,11 +157,6 @@ impl Instance {
         }
     }
 
-    /// Whether QEMU still runs.
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
-    }
-
     /// Pulls the plug.
     pub async fn end(mut self) {
         let _ = self.child.kill().await;

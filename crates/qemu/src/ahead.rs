@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::bitmaps::{remove_strays, transaction};
-use crate::capture::{CapturedDisk, joined};
+use crate::capture::{CapturedDisk, context, joined};
 use crate::disks::Disk;
 use crate::error::Error;
 use crate::qmp::Command;
@@ -121,7 +121,7 @@ async fn show(open: &Open, base: LogNumber) -> Result<Vec<CapturedDisk>, Error> 
             size_bytes: disk.size_bytes,
             export,
             nbd_socket: vm.inner.nbd_socket.clone(),
-            bitmap_context: Some(format!("qemu:dirty-bitmap:{}", names.seen())),
+            bitmap_context: Some(context(&names.seen())),
             again_context: None,
         });
     }

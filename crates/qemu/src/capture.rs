@@ -400,7 +400,7 @@ async fn export(vm: &Vm, request: &CaptureRequest) -> Result<Vec<CapturedDisk>, 
 }
 
 /// The NBD metadata context of a bitmap.
-fn context(bitmap: &String) -> String {
+pub(crate) fn context(bitmap: &String) -> String {
     format!("qemu:dirty-bitmap:{bitmap}")
 }
 

@@ -134,15 +134,12 @@ impl Checks {
     async fn try_once(&self, order: &Order) -> Result<Evidence, Failure> {
         boot::boot(order).await.map_err(|error| {
             let _ = fs::remove_dir_all(&order.dir);
-            Failure::new(Code::Boot, error.to_string())
+            error.into()
         })
     }
 
     async fn find_accelerator(&self) -> Result<Accelerator, Failure> {
-        fs::create_dir_all(self.dir.join("run"))
-            .map_err(|error| Failure::io("make", &self.dir.join("run"), &error))?;
-        let works = boot::kvm_works(&self.config.program, &self.dir.join("run")).await;
-        let works = works.map_err(|error| Failure::new(Code::Boot, error.to_string()))?;
+        let works = boot::kvm_works(&self.config.program, &self.dir.join("run")).await?;
         Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
     }
 

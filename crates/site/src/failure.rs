@@ -111,6 +111,12 @@ impl Failure {
     }
 }
 
+impl From<boot::Error> for Failure {
+    fn from(error: boot::Error) -> Self {
+        Self::new(Code::Boot, error.to_string())
+    }
+}
+
 impl From<&Refusal> for Failure {
     fn from(refusal: &Refusal) -> Self {
         Self {
