@@ -316,7 +316,7 @@ impl<P: Ports> Relationship<P> {
                 compress: config.compress,
                 level: config.compression_level,
                 digests: Digests { remote: &remote, vm: vm_id },
-                ahead,
+                read_ahead: ahead,
                 items,
             };
             tokio::select! {

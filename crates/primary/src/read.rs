@@ -19,7 +19,7 @@ use nbd::{DirtyExtent, ReadRequest};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::ahead::{Piece, ReadAhead};
+use crate::ahead::ReadAhead;
 use crate::compress::{Compress, Compression};
 use crate::cover::{DiskPart, parts};
 use crate::digests::{BLOCK_BYTES, Digests};
@@ -62,7 +62,7 @@ pub(crate) struct Reader<'a, D, R> {
     pub compress: Compress,
     pub level: i32,
     pub digests: Digests<'a, R>,
-    pub ahead: Option<ReadAhead>,
+    pub read_ahead: Option<ReadAhead>,
     pub items: mpsc::Sender<Item>,
 }
 
@@ -98,16 +98,18 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
         let disk = &self.disks[part.disk];
         for stretch in by(STRETCH_BYTES, part.covered.clone()) {
             let extents = disk.extents(stretch.clone(), Which::Changed).await?;
-            let (mut zeros, data): (Vec<_>, Vec<_>) = extents.into_iter().partition(|extent| extent.zero);
-            let (kept, left) = match &self.ahead {
+            let (zeros, data): (Vec<_>, Vec<_>) = extents.into_iter().partition(|extent| extent.zero);
+            let (kept, left) = match &self.read_ahead {
                 Some(ahead) if !data.is_empty() => {
                     ahead.split(part.disk, &data, &disk.extents(stretch, Which::Again).await?)
                 }
                 _ => (Vec::new(), data),
             };
-            zeros.extend(left);
-            zeros.sort_unstable_by_key(|extent| extent.offset);
-            self.read(disk, &zeros, kept, batcher).await?;
+            let zeros = zeros.into_iter().map(|zero| (zero.offset, Ready::Zero(zero.len)));
+            let kept = kept.into_iter().map(|(offset, bytes)| (offset, Ready::Data(bytes)));
+            let mut ready: Vec<_> = zeros.chain(kept).collect();
+            ready.sort_unstable_by_key(|(offset, _)| *offset);
+            self.read(disk, &left, ready, batcher).await?;
         }
         Ok(())
     }
@@ -130,22 +132,16 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
         Ok(extents.iter().map(|extent| extent.len).sum())
     }
 
-    /// Reads extents and joins what was read ahead to them, in the order of the disk.
+    /// Reads extents of data and joins what need not be read to them, in the order of the disk. Both are sorted.
     async fn read(
         &self,
         disk: &D,
-        extents: &[DirtyExtent],
-        kept: Vec<Piece>,
+        data: &[DirtyExtent],
+        ready: Vec<(u64, Ready)>,
         batcher: &mut Batcher,
     ) -> Result<(), Failure> {
-        let (zeros, data): (Vec<_>, Vec<_>) = extents.iter().copied().partition(|extent| extent.zero);
-        let zeros = zeros.into_iter().map(|zero| (zero.offset, Ready::Zero(zero.len)));
-        let mut ready: Vec<_> =
-            kept.into_iter().map(|(offset, bytes)| (offset, Ready::Data(bytes))).collect();
-        ready.extend(zeros);
-        ready.sort_unstable_by_key(|(offset, _)| *offset);
         let mut ready = ready.into_iter().peekable();
-        let mut reads = reads(disk, nbd::read_plan(&data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
+        let mut reads = reads(disk, nbd::read_plan(data, MERGE_GAP_BYTES, REQUEST_BYTES_MAX));
         while let Some((request, bytes)) = reads.try_next().await? {
             for &(skip, len) in &request.wanted {
                 let at = request.offset + skip;
