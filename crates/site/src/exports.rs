@@ -97,12 +97,13 @@ impl Exports {
                 let no_point = "there is no such recovery point; 'afterimage points' lists those there are";
                 let point = found.ok_or_else(|| Failure::new(Code::NoSuchPoint, no_point))?;
                 let view = self.store.open_view(self.store.admit(vm, Access::Pinned, point.number)?)?;
-                (view.definition()?, point.id.to_string(), disks_of_view(view))
+                (view.definition().unwrap_or_default(), point.id.to_string(), disks_of_view(view))
             }
             Exported::Backup { backup, repository } => {
                 let repository = Arc::new(open_repository(&self.dir, &self.config, repository)?);
                 let backup = repository.find(backup)?;
-                let definition = repository.definition(&backup)?;
+                // Damaged or not, it keeps nobody from the disks.
+                let definition = repository.definition(&backup).unwrap_or_default();
                 (definition, backup.id.to_string(), disks_of_backup(repository.reader(&backup)?))
             }
         };
