@@ -59,7 +59,7 @@ impl FileNode {
     pub fn grows_by(&self, bytes: &[u8], offset: u64) -> bool {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let there = self.now.get(start..start.saturating_add(bytes.len()));
-        there.is_none_or(|there| there.iter().all(|byte| *byte == 0))
+        there.is_none_or(is_zero)
     }
 
     pub fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -176,7 +176,7 @@ impl FileNode {
         for (place, page) in self.now.chunks(PAGE_BYTES).enumerate() {
             let start = (place * PAGE_BYTES) as u64;
             let (start, end) = (start.max(range.start), (start + page.len() as u64).min(range.end));
-            if start >= end || page.iter().all(|byte| *byte == 0) {
+            if start >= end || is_zero(page) {
                 continue;
             }
             match found.last_mut() {
@@ -188,7 +188,7 @@ impl FileNode {
     }
 
     pub fn allocated_bytes(&self) -> u64 {
-        let data = self.now.chunks(PAGE_BYTES).filter(|page| page.iter().any(|byte| *byte != 0));
+        let data = self.now.chunks(PAGE_BYTES).filter(|page| !is_zero(page));
         data.count() as u64 * PAGE_BYTES as u64
     }
 }
@@ -201,6 +201,12 @@ impl Change {
             Self::Zero(_) => 0,
         }
     }
+}
+
+/// Compared piece by piece: asked one byte at a time, this was a quarter of all that a world takes.
+fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+    bytes.chunks(PAGE_BYTES).all(|piece| *piece == ZEROS[..piece.len()])
 }
 
 fn apply(change: &Change, image: &mut Vec<u8>) {
