@@ -71,6 +71,8 @@ pub struct Order {
     pub within: Duration,
     /// A folder for the console's log, the screenshot and the sockets.
     pub dir: PathBuf,
+    /// Its screen can be looked at, and its keyboard used, over VNC on a unix socket in that folder.
+    pub vnc: bool,
 }
 
 /// The files of a boot in its folder.
@@ -93,6 +95,14 @@ impl Files<'_> {
         self.0.join("qemu.log")
     }
 
+    pub fn vnc(&self) -> PathBuf {
+        self.0.join("vnc")
+    }
+
+    pub fn pid(&self) -> PathBuf {
+        self.0.join("pid")
+    }
+
     pub fn screen(&self) -> PathBuf {
         self.0.join("screen.png")
     }
@@ -104,7 +114,7 @@ impl Files<'_> {
 
 /// The command that boots what was ordered. `port` is where a TCP port of the guest is forwarded to.
 pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error> {
-    let Order { program, accelerator, machine, local, disks, sign, dir, .. } = order;
+    let Order { program, accelerator, machine, local, disks, sign, dir, vnc, .. } = order;
     let files = &Files(dir);
     let mut command = Command::new(program);
     let kind = match machine.kind {
@@ -115,6 +125,10 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
     command.args(["-m", &local.memory_mib.unwrap_or(machine.memory_mib).to_string()]);
     command.args(["-smp", &local.cpus.unwrap_or(machine.cpus).to_string()]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"]);
+    if *vnc {
+        command.arg("-vnc").arg(format!("unix:{}", escaped(&files.vnc())));
+    }
+    command.arg("-pidfile").arg(files.pid());
     // A guest that gets out of its devices gets into nothing.
     command.args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(&files.qmp())));
@@ -218,6 +232,7 @@ mod tests {
             sign: sign.clone(),
             within: Duration::ZERO,
             dir: "/var/lib/a,b/checks/1".into(),
+            vnc: false,
         };
         let command = command(&order, Some(2222)).unwrap();
         command.as_std().get_args().map(|word| word.to_string_lossy().into_owned()).collect()

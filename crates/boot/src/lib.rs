@@ -25,5 +25,5 @@ pub use crate::accelerator::{Accelerator, works as kvm_works};
 pub use crate::command::{BootDisk, Local, Order};
 pub use crate::error::Error;
 pub use crate::machine::{Bus, Firmware, Kind, Machine, boot_rank};
-pub use crate::run::{Evidence, Instance, boot};
+pub use crate::run::{Evidence, Instance, boot, end_leftover};
 pub use crate::sign::SignOfLife;

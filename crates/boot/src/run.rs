@@ -1,16 +1,19 @@
 //! A boot from its start to its evidence.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use qemu::{GuestAgent, Qmp};
 use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::accelerator::escaped;
 use crate::command::{Files, Order, command};
 use crate::console::Console;
 use crate::error::Error;
@@ -144,6 +147,17 @@ impl Instance {
         }
     }
 
+    /// Whether QEMU still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The VNC socket, where there is one.
+    #[must_use]
+    pub fn vnc(&self) -> Option<PathBuf> {
+        Some(Files(&self.dir).vnc()).filter(|socket| socket.exists())
+    }
+
     /// The screen as a PNG file in its folder, if it has one.
     pub async fn screenshot(&self) -> Option<PathBuf> {
         let path = Files(&self.dir).screen();
@@ -161,9 +175,21 @@ impl Instance {
     pub async fn end(mut self) {
         let _ = self.child.kill().await;
         let files = Files(&self.dir);
-        for socket in [files.qmp(), files.agent()] {
+        for socket in [files.qmp(), files.agent(), files.vnc(), files.pid()] {
             let _ = std::fs::remove_file(socket);
         }
+    }
+}
+
+/// Ends a QEMU whose owner was killed before it could: by the process that the folder names, if that is one which was
+/// started with this folder.
+pub fn end_leftover(dir: &Path) {
+    let Ok(pid) = std::fs::read_to_string(Files(dir).pid()) else { return };
+    let Ok(pid) = pid.trim().parse::<i32>() else { return };
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let qmp = format!("unix:{}", escaped(&Files(dir).qmp()));
+    if command.split(|&byte| byte == 0).any(|word| word.starts_with(qmp.as_bytes())) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }
 

@@ -53,6 +53,7 @@ async fn boot_disk(bytes: Vec<u8>, definition: &Value, sign: &str, within: Durat
         sign: sign.parse::<SignOfLife>().unwrap(),
         within,
         dir: dir.join("check"),
+        vnc: false,
     };
     let evidence = boot(&order).await.unwrap();
     serving.abort();
@@ -110,6 +111,7 @@ async fn a_qemu_that_is_not_there_or_does_not_start_is_an_error_that_says_so() {
         sign: SignOfLife::Agent,
         within: Duration::from_secs(5),
         dir: dir.path().into(),
+        vnc: false,
     };
     let error = boot(&order).await.unwrap_err().to_string();
     assert!(error.contains("qemu-system-of-nobody") && error.contains("apt-get install"), "{error}");

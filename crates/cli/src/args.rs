@@ -282,6 +282,26 @@ pub struct Check {
 
 #[derive(Debug, Subcommand)]
 pub enum Failover {
+    /// Try a recovery point, beside replication: a writable copy that is gone afterwards, in a VM without a network.
+    Test {
+        vm: VmName,
+        /// The recovery point; the newest if none is named.
+        #[arg(long, value_name = "ID")]
+        point: Option<LogId>,
+        /// Only show the disks over NBD; start no VM.
+        #[arg(long)]
+        disks_only: bool,
+    },
+    /// End a test failover; nothing of it stays.
+    EndTest {
+        /// The test, as 'failover test' named it.
+        test: String,
+    },
+    /// The test failovers that are open.
+    Tests {
+        /// Of one VM only.
+        vm: Option<VmName>,
+    },
     /// Start from the replica without the primary: gives disks to start the VM with.
     Unplanned {
         vm: VmName,
@@ -289,8 +309,41 @@ pub enum Failover {
         #[arg(long, value_name = "ID")]
         point: Option<LogId>,
     },
+    /// At the site where the VM runs: give it, switched off, to its replica's site. Nothing is lost.
+    Planned {
+        vm: VmName,
+        /// Ask the guest to shut down, and wait for it that long.
+        #[arg(long, value_parser = humantime::parse_duration, num_args = 0..=1, default_missing_value = "5m", value_name = "TIME")]
+        shutdown: Option<Duration>,
+    },
     /// Go back to replicating: what was written since is dropped.
     Cancel { vm: VmName },
+    /// Make a failover final: the other points go, and the VM's disks need nothing of Afterimage any more.
+    Complete {
+        vm: VmName,
+        /// The QMP socket of the QEMU that runs the VM here; without it, its disks are moved when it is off.
+        #[arg(long, value_name = "SOCKET")]
+        qmp: Option<PathBuf>,
+    },
+    /// Replicate a VM that was failed over to this site back to where it came from; only differences travel.
+    Reverse {
+        vm: VmName,
+        /// The QMP socket of the QEMU that runs the VM here; Afterimage needs one for itself.
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// The socket of QEMU's NBD server, where it has one already.
+        #[arg(long, value_name = "SOCKET")]
+        nbd: Option<PathBuf>,
+        /// The peer that is to keep the replica; the one that the VM came from if none is named.
+        #[arg(long, value_name = "PEER")]
+        to: Option<String>,
+        /// The time between two cycles; as before if none is given.
+        #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+        every: Option<Duration>,
+        /// The guest agent's socket.
+        #[arg(long, value_name = "SOCKET")]
+        guest_agent: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

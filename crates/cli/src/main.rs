@@ -5,6 +5,7 @@
 
 mod args;
 mod demo;
+mod failover;
 mod memory;
 mod progress;
 mod repositories;
@@ -15,9 +16,9 @@ use std::process::ExitCode;
 use clap::Parser;
 use model::gate::Access;
 use serde_json::{Value, json};
-use site::{BackupRequest, Code, Config, Exported, FailoverAction, Failure, Request};
+use site::{BackupRequest, Code, Config, Exported, Failure, Request};
 
-use crate::args::{Arguments, Command, Failover, Peer, View};
+use crate::args::{Arguments, Command, Peer, View};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -204,12 +205,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
             })
         }
         Command::Checks { vm } => Request::Checks { vm: vm.clone() },
-        Command::Failover(Failover::Unplanned { vm, point }) => {
-            Request::Failover { action: FailoverAction::Unplanned, vm: vm.clone(), point: *point }
-        }
-        Command::Failover(Failover::Cancel { vm }) => {
-            Request::Failover { action: FailoverAction::Cancel, vm: vm.clone(), point: None }
-        }
+        Command::Failover(failover) => Request::Failover(failover::request(failover)?),
         Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
         Command::Events { count } => Request::Events { count: *count },
         Command::Init { .. }
@@ -256,6 +252,6 @@ fn consistency(wanted: args::ConsistencyWanted) -> Option<model::Wanted> {
 }
 
 /// A path as the site sees it, which runs in another folder.
-fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf, Failure> {
+pub(crate) fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf, Failure> {
     std::path::absolute(path).map_err(|error| Failure::io("find", path, &error))
 }

@@ -71,17 +71,17 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Unexport { export } => format!("Export {export} is ended."),
         Request::Check(_) => check(answer),
         Request::Checks { .. } => checks(list(&answer["checks"])),
-        Request::Failover { .. } => failover(answer),
+        Request::Failover(request) => crate::failover::shown(request, answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
         Request::Events { .. } => events(list(&answer["events"])),
     }
 }
 
-fn list(value: &Value) -> &[Value] {
+pub fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-fn text(value: &Value) -> &str {
+pub fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("-")
 }
 
@@ -143,7 +143,7 @@ fn peers(answer: &Value) -> String {
     table(&["PEER", "ADDRESS", "MAY SEND", "QUOTA", "SINCE", "FINGERPRINT"], &rows)
 }
 
-fn relationships(vms: &[Value]) -> String {
+pub fn relationships(vms: &[Value]) -> String {
     let rows: Vec<_> = vms
         .iter()
         .map(|vm| {
@@ -331,21 +331,6 @@ fn checks(checks: &[Value]) -> String {
         return "Nothing was boot-checked yet: 'afterimage check VM' does it.".into();
     }
     table(&["AT", "VM", "WHAT", "SIGN OF LIFE", "OUTCOME"], &rows)
-}
-
-fn failover(answer: &Value) -> String {
-    let disks = list(&answer["disks"]);
-    if disks.is_empty() {
-        return relationships(std::slice::from_ref(answer));
-    }
-    let mut shown = format!("Start the VM with these disks (point {}):\n", text(&answer["point"]));
-    for disk in disks {
-        let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), text(&disk["path"]));
-    }
-    shown.push_str(
-        "\nThe replica takes no logs until 'afterimage failover cancel', which drops what is written now.",
-    );
-    shown
 }
 
 fn events(events: &[Value]) -> String {

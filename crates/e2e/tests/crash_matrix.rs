@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use common::{VM, path};
-use crash::{Case, Drive, Expect, Hours, Pair, Side, await_death, cases};
+use crash::{Case, Drive, Expect, Hours, Pair, Side, await_death, cases, crash_move};
 use rig::{LossyDisk, Result, Site, Trouble};
 
 /// What came of one line.
@@ -206,6 +206,11 @@ fn run_inits(cases: &[Case], power: Option<u64>) -> Vec<Row> {
     cases.iter().map(|case| run_row(case, power, |lost| crash_init(case, power, lost))).collect()
 }
 
+fn run_moves(cases: &[Case], power: Option<u64>) -> Vec<Row> {
+    let seed = |case: &Case| power.map(|power| seed_of(case).wrapping_add(power));
+    cases.iter().map(|case| run_row(case, seed(case), |lost| crash_move(case, seed(case), lost))).collect()
+}
+
 /// One after the other on the same sites.
 fn run_hours(cases: &[Case], power: Option<u64>) -> Vec<Row> {
     let mut hours = None;
@@ -226,10 +231,12 @@ fn run_all(mut wanted_cases: Vec<Case>, power: Option<u64>) -> Vec<Row> {
     let (inits, rest): (Vec<Case>, Vec<Case>) =
         wanted_cases.into_iter().partition(|c| c.drive == Drive::Init);
     let (hours, rest): (Vec<Case>, Vec<Case>) = rest.into_iter().partition(|c| c.drive == Drive::Hours);
+    let (moves, rest): (Vec<Case>, Vec<Case>) = rest.into_iter().partition(|c| c.drive == Drive::Move);
     std::thread::scope(|scope| {
         let others = scope.spawn(|| {
             let mut rows = run_inits(&inits, power);
             rows.extend(run_hours(&hours, power));
+            rows.extend(run_moves(&moves, power));
             rows
         });
         let mut rows = run(groups(rest, 6), power);

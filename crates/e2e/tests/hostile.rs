@@ -90,6 +90,7 @@ fn offer(client: &Client, vm: VmId, name: &str, disk_bytes: u64) -> Result<(), S
         phase: Phase::Replicating,
         error: None,
         paused: false,
+        generation: 1,
     };
     block_on(client.offer(&offer)).map(drop).map_err(|error| error.to_string())
 }

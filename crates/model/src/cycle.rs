@@ -120,7 +120,7 @@ pub fn plan_cycle(
         Phase::InitialReplication { progress } => (Purpose::Initial, progress.covered_bytes),
         Phase::Resynchronizing { progress } => (Purpose::Resync, progress.covered_bytes),
         Phase::ResyncRequired { .. } => (Purpose::Resync, 0),
-        Phase::Replicating | Phase::Failover { .. } => (Purpose::Changes, total_bytes),
+        Phase::Replicating | Phase::Failover { .. } | Phase::FailedOver => (Purpose::Changes, total_bytes),
     };
     let starts_a_pass = covered_bytes == 0 && purpose != Purpose::Changes;
     let base = match tracking {

@@ -86,7 +86,9 @@ pub fn assess(input: &HealthInput<'_>, thresholds: &HealthThresholds, now: Times
         return grade(Health::Warning, "replication is paused".into());
     }
     let age = now.since(input.last_log_at);
-    let overdue = |limit: Duration| age > limit.max(input.interval.saturating_mul(3));
+    // Nothing is to arrive any more where the VM has been failed over.
+    let ended = matches!(input.phase, Phase::FailedOver);
+    let overdue = |limit: Duration| !ended && age > limit.max(input.interval.saturating_mul(3));
     let behind = || format!("the last log arrived {} ago", human_duration(age));
     if overdue(thresholds.critical_after) {
         return grade(Health::Critical, behind());
@@ -100,6 +102,10 @@ pub fn assess(input: &HealthInput<'_>, thresholds: &HealthThresholds, now: Times
         }
         Phase::Resynchronizing { .. } => grade(Health::Warning, "resynchronization is not complete".into()),
         Phase::Failover { .. } => grade(Health::Warning, "a failover is in progress".into()),
+        Phase::FailedOver => grade(
+            Health::Warning,
+            "the VM was failed over and runs at the other site; 'failover reverse' there makes this site its replica".into(),
+        ),
         _ => {
             let (missed, cycles) = input.missed;
             if u64::from(missed) * 100 > u64::from(cycles) * u64::from(thresholds.missed_percent) {

@@ -10,7 +10,10 @@
 //!               ResyncRequired ◀───────────────── (any of these)         Resynchronizing
 //!                    └──────────── first partial log of the compare ─────────────▶┘
 //!
-//!  Replicating / ResyncRequired / Resynchronizing ──failover──▶ Failover ──cancel──▶ back
+//!  replica:  any of these with a point ──failover──▶ Failover ──cancel──▶ back
+//!                                                       └──complete──▶ no replica any more: the VM runs here
+//!  primary:  Replicating ──planned failover──▶ FailedOver ──reverse at the other site──▶ no primary any more
+//!  reverse:  where the VM runs now: ResyncRequired (reversed) ─▶ Resynchronizing ─▶ Replicating
 //! ```
 
 use std::fmt;
@@ -44,6 +47,8 @@ pub enum ResyncReason {
     ChainBroken(String),
     /// A person asked for it.
     Requested,
+    /// The VM was failed over, and what was its primary is to become its replica.
+    Reversed,
 }
 
 impl fmt::Display for ResyncReason {
@@ -55,6 +60,7 @@ impl fmt::Display for ResyncReason {
             Self::DisksChanged(what) => write!(f, "the set of disks has changed ({what})"),
             Self::ChainBroken(what) => write!(f, "the replica's chain does not continue ours ({what})"),
             Self::Requested => f.write_str("it was asked for"),
+            Self::Reversed => f.write_str("the VM was failed over, and is replicated the other way now"),
         }
     }
 }
@@ -85,6 +91,8 @@ pub enum Phase {
         /// The point that it was failed over to.
         point: LogNumber,
     },
+    /// On the primary: the VM runs at its replica's site now, and nothing is sent from here any more.
+    FailedOver,
 }
 
 impl Phase {
@@ -97,6 +105,7 @@ impl Phase {
             Self::ResyncRequired { .. } => "resynchronization-required",
             Self::Resynchronizing { .. } => "resynchronizing",
             Self::Failover { .. } => "failover",
+            Self::FailedOver => "failed-over",
         }
     }
 }

@@ -9,22 +9,50 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use nbd::DirtyExtent;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use crate::error::Failure;
 use crate::ports::{DiskReader, Which};
 use crate::read::{MERGE_GAP_BYTES, REQUEST_BYTES_MAX, STRETCH_BYTES, by};
 
-/// The most that one cycle reads ahead, in bytes: it is kept in memory, as it was read.
-pub(crate) const AHEAD_BYTES_MAX: u64 = 16 << 20;
-/// The most that all cycles of a site keep.
-pub(crate) const AHEAD_BYTES_OF_SITE: u64 = 64 << 20;
+/// The most that all cycles of a site read ahead, in bytes: it is kept in memory, as it was read. One alone may
+/// have all of it; at an interval of 30 s a guest of 500 writes a second has changed 60 MB.
+const BYTES_OF_SITE: u64 = 64 << 20;
+/// Cycles take of that in pieces of this many bytes.
+const SHARE_BYTES: u64 = 16 << 20;
 /// A cycle after one with less data than this reads nothing ahead: its moment is short enough.
 pub const AHEAD_FROM_BYTES: u64 = 1 << 20;
 /// How long it may take: what has been read by then is what there is.
 const TIME_MAX: Duration = Duration::from_secs(2);
 /// Requests in flight: the guest's own wait behind no more than these.
 const REQUESTS_IN_FLIGHT: usize = 2;
+
+/// The memory for what the cycles of a site read ahead.
+pub(crate) struct Memory(Semaphore);
+
+/// What one cycle may keep.
+pub(crate) struct Share<'a> {
+    pub bytes: u64,
+    _permit: SemaphorePermit<'a>,
+}
+
+impl Memory {
+    pub fn of_site() -> Self {
+        Self(Semaphore::new((BYTES_OF_SITE / SHARE_BYTES) as usize))
+    }
+
+    /// As much as is there of what a cycle needs that reads about so many bytes; none if nothing is.
+    pub fn take(&self, about: u64) -> Option<Share<'_>> {
+        // A cycle is seldom as large as the one before it, and what does not fit is read at the moment.
+        let needed = (about + about / 4).div_ceil(SHARE_BYTES).clamp(1, BYTES_OF_SITE / SHARE_BYTES);
+        let shares = (1..=u32::try_from(needed).unwrap_or(1)).rev();
+        shares
+            .filter_map(|shares| Some((shares, self.0.try_acquire_many(shares).ok()?)))
+            .map(|(shares, permit)| Share { bytes: u64::from(shares) * SHARE_BYTES, _permit: permit })
+            .next()
+    }
+}
 
 /// The changes of a VM's disks that were read ahead.
 #[derive(Debug, Default)]
@@ -36,11 +64,11 @@ pub(crate) struct ReadAhead {
 pub(crate) type Piece = (u64, Bytes);
 
 impl ReadAhead {
-    /// Reads what had changed when it began, up to its bounds.
-    pub async fn of<D: DiskReader>(disks: &[D]) -> Result<Self, Failure> {
+    /// Reads what had changed when it began, up to so many bytes.
+    pub async fn of<D: DiskReader>(disks: &[D], bytes_max: u64) -> Result<Self, Failure> {
         let deadline = Instant::now() + TIME_MAX;
         let mut read = Self::default();
-        let mut left = AHEAD_BYTES_MAX;
+        let mut left = bytes_max;
         for disk in disks {
             let mut pieces = Vec::new();
             pieces_of(disk, deadline, &mut left, &mut pieces).await?;
@@ -161,6 +189,21 @@ mod tests {
             }
         }
         found
+    }
+
+    #[test]
+    fn a_cycle_takes_what_it_needs_and_others_what_is_left() {
+        const MIB: u64 = 1 << 20;
+        let memory = Memory::of_site();
+        let large = memory.take(30 * MIB).unwrap();
+        assert_eq!(large.bytes, 48 * MIB);
+        let rest = memory.take(1000 * MIB).unwrap();
+        assert_eq!(rest.bytes, 16 * MIB);
+        assert!(memory.take(1).is_none());
+        drop(large);
+        assert_eq!(memory.take(0).unwrap().bytes, 16 * MIB);
+        drop(rest);
+        assert_eq!(memory.take(60 * MIB).unwrap().bytes, 64 * MIB);
     }
 
     proptest! {

@@ -80,9 +80,9 @@ impl<P: Ports> Relationship<P> {
         }
         self.squared = false; // until this cycle has ended well
         let shared = self.shared.clone();
-        let room = shared.ahead.try_acquire().ok().filter(|_| self.is_worth_reading_ahead(plan));
+        let room = self.worth_reading_ahead(plan).and_then(|bytes| shared.ahead.take(bytes));
         let ahead = match (&room, plan.base) {
-            (Some(_), Some(base)) => self.read_ahead(&vm, &disks, base).await,
+            (Some(room), Some(base)) => self.read_ahead(&vm, &disks, base, room.bytes).await,
             _ => None,
         };
         let (capture, consistency, note) = self.fix_moment(&vm, &disks, plan, ahead.is_some()).await?;
@@ -168,6 +168,7 @@ impl<P: Ports> Relationship<P> {
             phase: row.phase.clone(),
             error: row.error.as_ref().map(|failure| failure.message.clone()),
             paused: row.paused,
+            generation: row.generation,
         }
     }
 
@@ -181,9 +182,11 @@ impl<P: Ports> Relationship<P> {
                 node: known.node.clone(),
                 name: known.name.clone(),
                 size_bytes: now.known().size_bytes,
+                image: now.known().image,
             })
             .collect();
-        if let Some((now, known)) = found.iter().zip(&self.row.disks).find(|(now, known)| now != known) {
+        let sized = |(now, known): &(&KnownDisk, &KnownDisk)| now.size_bytes != known.size_bytes;
+        if let Some((now, known)) = found.iter().zip(&self.row.disks).find(sized) {
             let why = ResyncReason::DiskResized(format!(
                 "{}: {} bytes before, {} now",
                 known.name, known.size_bytes, now.size_bytes
@@ -191,6 +194,7 @@ impl<P: Ports> Relationship<P> {
             self.row.disks = found;
             return Err(self.require_resync(why).await?);
         }
+        self.row.disks = found;
         Ok(disks)
     }
 
@@ -211,21 +215,24 @@ impl<P: Ports> Relationship<P> {
         Ok(Failure::transient(FailureCode::ResyncRequired, message))
     }
 
-    /// Whether it saves the guest something: the last cycle says how much this one will read.
-    fn is_worth_reading_ahead(&self, plan: CyclePlan) -> bool {
-        plan.purpose == Purpose::Changes
-            && self
-                .last_cycle
-                .as_ref()
-                .is_some_and(|cycle| cycle.data_bytes >= self.shared.config.ahead_from_bytes)
+    /// About how many bytes this cycle will read, if reading ahead saves the guest something: the last one tells.
+    fn worth_reading_ahead(&self, plan: CyclePlan) -> Option<u64> {
+        let last = self.last_cycle.as_ref().filter(|_| plan.purpose == Purpose::Changes)?;
+        (last.data_bytes >= self.shared.config.ahead_from_bytes).then_some(last.data_bytes)
     }
 
     /// Reads what has changed so far. It only helps: without it everything is read at the moment.
-    async fn read_ahead(&self, vm: &P::Guest, disks: &[DiskOf<P>], base: LogNumber) -> Option<ReadAhead> {
+    async fn read_ahead(
+        &self,
+        vm: &P::Guest,
+        disks: &[DiskOf<P>],
+        base: LogNumber,
+        bytes_max: u64,
+    ) -> Option<ReadAhead> {
         let reading = async {
             let ahead = vm.begin_ahead(disks, base).await?;
             let readers = ahead.readers().await?;
-            let read = ReadAhead::of(&readers).await?;
+            let read = ReadAhead::of(&readers, bytes_max).await?;
             drop(readers);
             vm.end_ahead(ahead).await?;
             Ok(read)

@@ -21,6 +21,7 @@ mod cover;
 mod cycle;
 mod digests;
 mod error;
+mod handover;
 pub mod ports;
 mod protect;
 mod read;
@@ -38,6 +39,7 @@ use catalog::Catalog;
 use model::{Assessment, CycleBackoff, Health, HealthThresholds, LogNumber, Phase, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use wire::HandedOver;
 
 pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
@@ -46,7 +48,7 @@ pub use crate::error::{Error, Failure, FailureCode};
 use crate::ports::Ports;
 pub use crate::real::{PeerClients, Real};
 pub use crate::relationship::{Relationship, Shared, Stopper};
-pub use crate::rows::{KnownDisk, Protected, Settings};
+pub use crate::rows::{Image, KnownDisk, Protected, Settings};
 use crate::runner::{Handle, Order};
 
 /// How this site runs its cycles.
@@ -116,6 +118,8 @@ pub struct VmStatus {
     pub error: Option<Failure>,
     /// Bytes of logs shipped since this site started.
     pub sent_bytes: u64,
+    /// How often the VM has changed its site for good, and one more.
+    pub generation: u64,
 }
 
 impl VmStatus {
@@ -136,6 +140,7 @@ impl VmStatus {
             next_at: row.made_at,
             error: row.error.clone(),
             sent_bytes: 0,
+            generation: row.generation,
         }
     }
 }
@@ -211,6 +216,54 @@ impl<P: Ports> Primary<P> {
     /// Compares both sides and sends what differs.
     pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
+    }
+
+    /// Gives a VM that is off to its replica's site, with everything: a planned failover. With `shut_down` the guest is
+    /// asked to shut down, and waited for that long.
+    pub async fn hand_over(&self, name: &VmName, shut_down: Option<Duration>) -> Result<HandedOver, Error> {
+        let no_such_vm = || Error::NoSuchVm(name.clone());
+        let orders = self.lock().get(name).map(|handle| handle.orders.clone()).ok_or_else(no_such_vm)?;
+        let (done, answer) = oneshot::channel();
+        orders.send(Order::HandOver(shut_down, done)).await.map_err(|_| no_such_vm())?;
+        Ok(answer.await.map_err(|_| no_such_vm())??)
+    }
+
+    /// Begins to protect a VM that was failed over to this site, under the id that it has always had.
+    pub async fn take_over(
+        &self,
+        request: ProtectRequest,
+        vm: VmId,
+        generation: u64,
+    ) -> Result<VmStatus, Error> {
+        let relationship = Relationship::take_over(&self.shared, request, vm, generation).await?;
+        let name = relationship.row().name.clone();
+        self.spawn(relationship);
+        self.get(&name).ok_or(Error::NoSuchVm(name))
+    }
+
+    /// Ends the protection of a VM that is to become a replica here, if the VM is off. False if it runs. What is
+    /// remembered of it stays until [`Primary::forget`].
+    pub async fn stand_down(&self, name: &VmName) -> Result<bool, Error> {
+        let no_such_vm = || Error::NoSuchVm(name.clone());
+        let (orders, stopper) = {
+            let handles = self.lock();
+            let handle = handles.get(name).ok_or_else(no_such_vm)?;
+            (handle.orders.clone(), handle.stopper.clone())
+        };
+        let (done, answer) = oneshot::channel();
+        if orders.send(Order::StandDown(done)).await.is_err() {
+            return Ok(true); // it has stood down before
+        }
+        stopper.stop_cycle();
+        Ok(answer.await.unwrap_or(true))
+    }
+
+    /// Forgets a VM that has stood down.
+    pub async fn forget(&self, name: &VmName) -> Result<(), Error> {
+        let status = self.get(name).ok_or_else(|| Error::NoSuchVm(name.clone()))?;
+        rows::remove(&self.shared.catalog, status.vm).await?;
+        self.lock().remove(name);
+        Ok(())
     }
 
     /// Ends the protection; nothing of ours stays in QEMU. The replica keeps what it has.

@@ -29,7 +29,10 @@ use bytes::Bytes;
 use model::{DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
 use serde_json::Value;
-pub use wire::{DigestRequest, Offer, OfferedDisk, RateLimiter, RelationshipStatus, Report};
+pub use wire::{
+    DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, RateLimiter, RelationshipStatus,
+    Report,
+};
 
 use crate::error::Failure;
 use crate::rows::{KnownDisk, Settings};
@@ -47,6 +50,9 @@ pub trait Ports: Send + Sync + 'static {
         vm: VmId,
         settings: &Settings,
     ) -> impl Future<Output = Result<Self::Guest, Failure>> + Send;
+
+    /// Whether the VM is off for certain: nobody is there to answer. A monitor that is busy is somebody's.
+    fn is_off(&self, settings: &Settings) -> impl Future<Output = bool> + Send;
 
     /// The way to the peer of this name; none if there is no such peer (any more). Asked anew for every use, so
     /// that a peer may come, go and move.
@@ -82,6 +88,15 @@ pub trait Guest: Send + Sync + 'static {
 
     /// What is needed to run the VM elsewhere.
     fn definition(&self) -> impl Future<Output = Result<Value, Failure>> + Send;
+
+    /// Whether its processors stand still: it was shut down, paused, or not started yet.
+    fn is_quiet(&self) -> impl Future<Output = Result<bool, Failure>> + Send;
+
+    /// Asks the guest to shut down, and has QEMU stay when it has: with it would go what it knows of changes.
+    fn power_down(&self) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Ends QEMU.
+    fn quit(&self) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Whether bitmap `since` is on all disks and records.
     fn inspect(
@@ -252,6 +267,14 @@ pub trait Remote: Clone + Send + Sync + 'static {
 
     /// Tells that the VM is no longer protected from here.
     fn withdraw(&self, vm: VmId) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Gives a VM that is off, and of which the replica has everything, to the replica's site. Asked again, the answer
+    /// is the same.
+    fn hand_over(
+        &self,
+        vm: VmId,
+        newest: &HandOver,
+    ) -> impl Future<Output = Result<HandedOver, Failure>> + Send;
 
     /// The digests of the blocks of a stretch of a disk, in the replica's newest state; as many as
     /// [`DigestRequest::digests`] says.

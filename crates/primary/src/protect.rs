@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{INTERVAL_SECONDS, POINTS_MAX, Shipped, VmId};
+use model::{INTERVAL_SECONDS, POINTS_MAX, VmId};
 use steps::durable_step;
 
 use crate::ProtectRequest;
@@ -19,20 +19,8 @@ impl<P: Ports> Relationship<P> {
         if rows::is_known(&shared.catalog, &name)? {
             return Err(Error::Exists(name));
         }
-        let mut row = Protected {
-            vm: VmId::from_bytes(shared.ports.random_id()?),
-            name,
-            settings,
-            disks: Vec::new(),
-            phase: first_phase(0),
-            paused: false,
-            shipped: Shipped::NOTHING,
-            made_at: shared.now(),
-            point_at: None,
-            app_at: None,
-            failures: 0,
-            error: None,
-        };
+        let vm = VmId::from_bytes(shared.ports.random_id()?);
+        let mut row = Protected::first(vm, name, settings, shared.now());
         if shared.ports.remote(&row.settings.peer).is_none() {
             return Err(Error::Setting(format!(
                 "no peer is named {}; 'afterimage peer list' shows the ones there are",
@@ -48,7 +36,7 @@ impl<P: Ports> Relationship<P> {
     }
 }
 
-fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
+pub(crate) fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
     let seconds = settings.interval.as_secs();
     if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
         return Err(Error::Setting(format!(
@@ -65,7 +53,7 @@ fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
     Ok(())
 }
 
-async fn find_disks<P: Ports>(row: &Protected, ports: &P) -> Result<Vec<KnownDisk>, Error> {
+pub(crate) async fn find_disks<P: Ports>(row: &Protected, ports: &P) -> Result<Vec<KnownDisk>, Error> {
     let guest = ports.connect(row.vm, &row.settings).await?;
     let found = match row.settings.nodes.as_slice() {
         [] => guest.disks().await?,

@@ -9,7 +9,7 @@ use model::{DiskName, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
 use qemu::{NbdAccess, Vm, VmAddress};
 use serde_json::Value;
-use wire::{Client, DigestRequest, Offer, RelationshipStatus, Report, Uploader};
+use wire::{Client, DigestRequest, HandOver, HandedOver, Offer, RelationshipStatus, Report, Uploader};
 
 use crate::error::{Failure, FailureCode};
 use crate::ports::{
@@ -53,6 +53,14 @@ impl Ports for Real {
             scratch_dir: self.scratch_dir.clone(),
             scratch_limit_bytes: self.scratch_limit_bytes,
         })
+    }
+
+    async fn is_off(&self, settings: &Settings) -> bool {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        match tokio::net::UnixStream::connect(&settings.qmp).await {
+            Ok(_) => false,
+            Err(error) => matches!(error.kind(), ConnectionRefused | NotFound),
+        }
     }
 
     fn remote(&self, peer: &str) -> Option<WireRemote> {
@@ -113,6 +121,18 @@ impl Guest for QemuGuest {
         self.vm.definition().await.map_err(qemu_failure)
     }
 
+    async fn is_quiet(&self) -> Result<bool, Failure> {
+        self.vm.is_quiet().await.map_err(qemu_failure)
+    }
+
+    async fn power_down(&self) -> Result<(), Failure> {
+        self.vm.power_down().await.map_err(qemu_failure)
+    }
+
+    async fn quit(&self) -> Result<(), Failure> {
+        self.vm.quit().await.map_err(qemu_failure)
+    }
+
     async fn inspect(&self, disks: &[qemu::Disk], since: LogNumber) -> Result<Tracking, Failure> {
         self.vm.inspect(disks, since).await.map_err(qemu_failure)
     }
@@ -171,7 +191,12 @@ impl Guest for QemuGuest {
 
 impl Disk for qemu::Disk {
     fn known(&self) -> KnownDisk {
-        KnownDisk { node: self.node.clone(), name: self.name.clone(), size_bytes: self.size_bytes }
+        KnownDisk {
+            node: self.node.clone(),
+            name: self.name.clone(),
+            size_bytes: self.size_bytes,
+            image: self.image.clone(),
+        }
     }
 }
 
@@ -267,6 +292,10 @@ impl Remote for WireRemote {
 
     async fn withdraw(&self, vm: VmId) -> Result<(), Failure> {
         self.0.withdraw(vm).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn hand_over(&self, vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
+        self.0.hand_over(vm, newest).await.map_err(|error| link_failure(&error))
     }
 
     async fn digests(&self, vm: VmId, request: &DigestRequest) -> Result<Vec<[u8; 16]>, Failure> {

@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use wire::{RateLimiter, Report};
 
-use crate::ahead::{AHEAD_BYTES_MAX, AHEAD_BYTES_OF_SITE};
+use crate::ahead::Memory;
 use crate::cycle::CycleReport;
 use crate::error::{Error, Failure, FailureCode};
 use crate::ports::{Guest, Ports, Remote};
@@ -28,8 +28,8 @@ pub struct Shared<P> {
     pub(crate) ports: P,
     /// Cycles at once, over all VMs: bounds memory and what the guests' host feels.
     cycles: Semaphore,
-    /// Memory for what is read ahead, in cycles.
-    pub(crate) ahead: Semaphore,
+    /// Memory for what is read ahead.
+    pub(crate) ahead: Memory,
 }
 
 impl<P: Ports> Shared<P> {
@@ -37,7 +37,7 @@ impl<P: Ports> Shared<P> {
     pub fn open(catalog: Catalog, config: Config, ports: P) -> Result<Arc<Self>, Error> {
         rows::migrate(&catalog)?;
         let cycles = Semaphore::new(config.cycles_at_once.max(1));
-        let ahead = Semaphore::new((AHEAD_BYTES_OF_SITE / AHEAD_BYTES_MAX) as usize);
+        let ahead = Memory::of_site();
         Ok(Arc::new(Self { catalog, config: Arc::new(config), ports, cycles, ahead }))
     }
 
@@ -132,7 +132,9 @@ impl<P: Ports> Relationship<P> {
 
     /// How long until a cycle is due by itself; none while it is not.
     pub fn due_in(&self) -> Option<Duration> {
-        let blocked = self.row.paused || self.row.error.as_ref().is_some_and(|failure| !failure.transient);
+        let ended = self.row.phase == Phase::FailedOver;
+        let blocked =
+            ended || self.row.paused || self.row.error.as_ref().is_some_and(|failure| !failure.transient);
         let now = self.shared.now();
         // Whoever sets a clock back by a day must not stop replication for a day.
         let left = if now < self.booked_at { Duration::ZERO } else { self.next_at.since(now) };
@@ -150,6 +152,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Runs cycles until one made a point.
     pub async fn sync(&mut self) -> Result<(), Failure> {
+        self.check_is_ours()?;
         if self.row.paused {
             let message = format!("replication of {} is paused; 'afterimage resume' first", self.row.name);
             return Err(Failure::lasting(FailureCode::Stopped, message));
@@ -167,6 +170,17 @@ impl<P: Ports> Relationship<P> {
             }
             self.publish();
         }
+    }
+
+    fn check_is_ours(&self) -> Result<(), Failure> {
+        if self.row.phase != Phase::FailedOver {
+            return Ok(());
+        }
+        let message = format!(
+            "{} was failed over and runs at {}; 'afterimage failover reverse' there makes this site its replica",
+            self.row.name, self.row.settings.peer
+        );
+        Err(Failure::lasting(FailureCode::Stopped, message))
     }
 
     /// Stops cycles; the VM goes on tracking changes.
@@ -193,6 +207,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Has the next cycles compare both sides and send what differs.
     pub async fn resync(&mut self) -> Result<(), Failure> {
+        self.check_is_ours()?;
         if matches!(self.row.phase, Phase::InitialReplication { .. }) && self.row.shipped.acked.number.0 == 0
         {
             return Ok(()); // nothing has been shipped: there is nothing to compare with

@@ -27,6 +27,8 @@ const TABLES: &[&str] = &["
         failures   INTEGER NOT NULL DEFAULT 0,
         error      TEXT                     -- json: Failure
     ) STRICT;
+", "
+    ALTER TABLE protected ADD COLUMN generation INTEGER NOT NULL DEFAULT 1;  -- how often the VM has changed its site, and one more
 "];
 
 /// What a person has set for one protected VM.
@@ -64,7 +66,12 @@ pub struct KnownDisk {
     pub name: DiskName,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// The file that it lies in, where it lies in one.
+    #[serde(default)]
+    pub image: Option<Image>,
 }
+
+pub use qemu::Image;
 
 /// Everything remembered of one protected VM.
 #[derive(Debug, Clone)]
@@ -93,6 +100,8 @@ pub struct Protected {
     pub failures: u32,
     /// Why the last cycle failed.
     pub error: Option<Failure>,
+    /// How often the VM has changed its site for good, and one more.
+    pub generation: u64,
 }
 
 impl Protected {
@@ -114,7 +123,7 @@ impl Protected {
 
     fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
         tx.execute(
-            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
             params![
                 self.vm.to_string(),
                 self.name.as_str(),
@@ -128,6 +137,7 @@ impl Protected {
                 self.app_at.map(|at| at.0),
                 self.failures,
                 self.error.as_ref().map(to_json),
+                self.generation,
             ],
         )?;
         Ok(())
@@ -150,6 +160,7 @@ impl Protected {
                 rusqlite::types::ValueRef::Null => None,
                 _ => Some(json(row, 11)?),
             },
+            generation: row.get(12)?,
         })
     }
 }
@@ -207,7 +218,12 @@ mod tests {
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
             },
-            disks: vec![KnownDisk { node: "vda".into(), name: "vda".parse().unwrap(), size_bytes: 1 << 30 }],
+            disks: vec![KnownDisk {
+                node: "vda".into(),
+                name: "vda".parse().unwrap(),
+                size_bytes: 1 << 30,
+                image: None,
+            }],
             phase: Phase::InitialReplication { progress: Progress { covered_bytes: 1, total_bytes: 2 } },
             paused: true,
             shipped: Shipped::NOTHING,
@@ -216,6 +232,7 @@ mod tests {
             app_at: Some(Timestamp(7)),
             failures: 3,
             error: Some(Failure::transient(crate::error::FailureCode::Link, "cut")),
+            generation: 2,
         };
         row.save(&catalog).await.unwrap();
         row.phase = Phase::ResyncRequired { why: ResyncReason::BitmapLost("vda".into()) };

@@ -6,6 +6,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use wire::HandedOver;
+
 use crate::VmStatus;
 use crate::error::Failure;
 use crate::ports::Ports;
@@ -21,6 +23,10 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    /// Give the VM to the replica's site.
+    HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
+    /// End if the VM is off; the answer says whether it is.
+    StandDown(oneshot::Sender<bool>),
     /// Remove our bitmaps from QEMU and end.
     Forget(oneshot::Sender<Result<(), Failure>>),
     /// End, leaving the bitmaps to the next start of the site.
@@ -66,6 +72,18 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
                     let _ = done.send(relationship.forget().await);
                     return;
                 }
+                Some(Order::StandDown(done)) => {
+                    let is_off = relationship.is_off().await;
+                    let _ = done.send(is_off);
+                    if is_off {
+                        return;
+                    }
+                }
+                Some(Order::HandOver(shut_down, done)) => {
+                    let outcome = relationship.hand_over(shut_down).await;
+                    relationship.publish();
+                    let _ = done.send(outcome);
+                }
                 Some(order) => obey(&mut relationship, order).await,
             },
             () = sleep_for(due) => {
@@ -83,7 +101,7 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
-        Order::Forget(_) | Order::End => return,
+        Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
     };
     relationship.publish();
     let _ = done.send(result);

@@ -1,6 +1,9 @@
 //! Which disks a VM has. Pure.
 
+use std::path::PathBuf;
+
 use model::DiskName;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::graph::{Graph, Node};
@@ -20,6 +23,17 @@ pub struct Disk {
     pub qdev: Option<String>,
     /// The name of its node in this QEMU process, for commands.
     pub block_node: String,
+    /// The file that it lies in, where it lies in one.
+    pub image: Option<Image>,
+}
+
+/// A file that a disk lies in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its format, in QEMU's words.
+    pub format: String,
 }
 
 /// Every writable disk: those of the devices; without devices (a storage daemon) those that are exported
@@ -118,7 +132,15 @@ fn disk(graph: &Graph, node: &Node, called: &str, others: &[Disk]) -> Disk {
         size_bytes: node.image.virtual_size,
         qdev: device.and_then(|device| device.qdev.clone()),
         block_node: node.node_name.clone(),
+        image: image(node),
     }
+}
+
+/// What a node lies in, if that is a file whose place is told in full.
+fn image(node: &Node) -> Option<Image> {
+    let is_file = node.file.starts_with('/') && !node.file.starts_with("/dev/");
+    let format = if node.is_protocol() { "raw" } else { node.drv.as_str() };
+    is_file.then(|| Image { path: node.file.clone().into(), format: format.to_owned() })
 }
 
 /// A name that can be a file's, made of QEMU's, and different from the others.
@@ -220,6 +242,7 @@ mod tests {
                 size_bytes: 0,
                 qdev: None,
                 block_node: String::new(),
+                image: None,
             };
             disks.push(disk);
         }

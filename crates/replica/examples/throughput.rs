@@ -141,6 +141,7 @@ fn offer(bytes: u64) -> Offer {
         definition: serde_json::Value::Null,
         phase: Phase::InitialReplication { progress: Progress::default() },
         paused: false,
+        generation: 1,
     }
 }
 

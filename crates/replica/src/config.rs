@@ -110,13 +110,17 @@ pub struct Config {
     pub chance: Chance,
     /// Who makes the writable layers of a failover. Default `qemu-img`.
     pub layers: Layers,
+    /// Where the site shows what lies below those layers, over NBD. Default `run/nbd.sock` in `dir`.
+    pub nbd_socket: PathBuf,
 }
 
 impl Config {
     /// The defaults, for a site in `dir`.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
+        let dir = dir.into();
         Self {
-            dir: dir.into(),
+            nbd_socket: dir.join("run/nbd.sock"),
+            dir,
             free_reserve_bytes: 256 << 20,
             workers: 1,
             apply_threads: 2,

@@ -36,6 +36,11 @@ impl Folder {
         self.path.join("failover")
     }
 
+    /// Says that the folder is a running VM's: its failover was completed.
+    pub fn released(&self) -> PathBuf {
+        self.path.join("released.json")
+    }
+
     pub fn disk(&self, name: &DiskName) -> PathBuf {
         self.disks().join(format!("{name}.raw"))
     }

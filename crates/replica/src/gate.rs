@@ -9,6 +9,7 @@ use model::{
 };
 
 use crate::error::{Error, Result};
+use crate::failover::FailoverStatus;
 use crate::rows::{DiskSize, Reported};
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -91,6 +92,10 @@ pub struct ReplicaStatus {
     pub damage: Option<String>,
     /// Where its files are.
     pub folder: std::path::PathBuf,
+    /// How often the VM has changed its site for good, and one more.
+    pub generation: u64,
+    /// Its failover, if it is failed over.
+    pub failover: Option<FailoverStatus>,
 }
 
 /// The gate's yes, with the point pinned: nothing that happens between the answer and the reading takes the
@@ -249,6 +254,13 @@ impl Store {
             withdrawn: doc.withdrawn,
             damage: doc.damage.clone(),
             folder: row.folder.clone(),
+            generation: doc.generation,
+            failover: doc.failover.as_ref().map(|failover| FailoverStatus {
+                point: failover.point,
+                ready: failover.ready,
+                completing: failover.completing,
+                folded: doc.base.applied == failover.point && doc.applying.is_none(),
+            }),
         })
     }
 

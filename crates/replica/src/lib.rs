@@ -10,7 +10,8 @@
 //!                   logs/<number>.log      immutable; merged ones are <first>-<last>.log
 //!                   incoming/<number>-<id>.partial
 //!                   changes/<disk>.map     which log changed each 256 KiB of the base last
-//!                   failover/<disk>.qcow2  while a failover lasts
+//!                   failover/<disk>.qcow2  while a failover lasts, and after it was completed
+//!                   released.json          its failover was completed: the folder is a running VM's
 //!                   vm.json                what is needed to do without the catalog
 //! ```
 //!
@@ -33,6 +34,7 @@ mod apply;
 mod cache;
 mod changemap;
 mod compact;
+mod completion;
 mod config;
 mod digests;
 mod error;
@@ -51,6 +53,7 @@ mod recover;
 mod relationship;
 mod rewrite;
 mod rows;
+mod seed;
 mod store;
 mod view;
 mod vm;
@@ -58,7 +61,7 @@ mod worker;
 
 pub use config::{Chance, Clock, Config};
 pub use error::{Error, Refused, Result};
-pub use failover::FailoverDisk;
+pub use failover::{FailoverDisk, FailoverStatus, FailoverView, failover_export};
 pub use gate::{Admitted, ReplicaStatus, VmFacts};
 pub use hold::{BarrierGuard, HeldDisk, Hold};
 pub use layers::Layers;
@@ -66,6 +69,7 @@ pub use maintain::Step;
 pub use rebuild::rebuild;
 pub use receive::UploadState;
 pub use relationship::{Offer, Standing};
-pub use rows::{DiskSize, Reported};
+pub use rows::{DiskSize, Fence, Reported};
+pub use seed::Seed;
 pub use store::Store;
 pub use view::ConsistentView;

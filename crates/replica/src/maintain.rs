@@ -37,6 +37,8 @@ pub enum Step {
     LeftAsItIs,
     /// A failover that was cut off has been carried on.
     FailoverReady,
+    /// A failover that was completed is at its end: the VM is no replica any more.
+    Released,
     /// The flat files were written anew as they are, to be sure that they are on the disk.
     Rewritten,
 }
@@ -48,6 +50,7 @@ enum Decision {
     Apply(ApplyJob),
     Compact(Vec<LogNumber>),
     Failover,
+    Complete(LogNumber),
     Rewrite(Folder, Vec<DiskName>),
 }
 
@@ -73,7 +76,8 @@ impl Store {
             Decision::Apply(job) => self.run_apply(vm, job),
             Decision::Compact(group) => self.compact(vm, &group),
             Decision::Rewrite(folder, disks) => self.rewrite(vm, &folder, &disks),
-            Decision::Failover => self.carry_on_failover(vm).map(|_| Step::FailoverReady),
+            Decision::Failover => self.carry_on_failover(vm).map(|()| Step::FailoverReady),
+            Decision::Complete(point) => self.carry_on_completion(vm, point),
         }
     }
 
@@ -81,9 +85,12 @@ impl Store {
         let mut state = vm.live()?;
         self.expire_holds(&mut state)?;
         let now = self.now();
-        if state.in_failover() {
-            let unfinished = state.row.doc.failover.as_ref().is_some_and(|failover| !failover.ready);
-            return Ok(if unfinished { Decision::Failover } else { Decision::Nothing });
+        if let Some(failover) = &state.row.doc.failover {
+            return Ok(match failover {
+                failover if !failover.ready => Decision::Failover,
+                failover if failover.completing => Decision::Complete(failover.point),
+                _ => Decision::Nothing,
+            });
         }
         if state.row.doc.migrating.is_some() {
             return Ok(Decision::Nothing);

@@ -27,6 +27,8 @@ struct Description {
     name: VmName,
     peer: String,
     primary_name: String,
+    #[serde(default = "rows::first_generation")]
+    generation: u64,
     interval_s: u64,
     points: u8,
     disks: Vec<DiskSize>,
@@ -49,6 +51,7 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
         name: row.name.clone(),
         peer: row.peer.clone(),
         primary_name: doc.primary_name.clone(),
+        generation: doc.generation,
         interval_s: doc.interval_s,
         points: doc.points,
         disks: doc.offered.clone(),
@@ -74,6 +77,10 @@ pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
     let mut found = Vec::new();
     for name in files.names(&folder)? {
         let vm_folder = Folder { files: files.clone(), path: folder.join(name) };
+        if let Some(fence) = crate::completion::released(&vm_folder)? {
+            catalog.write(move |tx| rows::raise_fence(tx, &fence))?;
+            continue;
+        }
         let Ok(text) = files.read(&vm_folder.description()) else { continue };
         match serde_json::from_slice::<Description>(&text) {
             Ok(description) if known.contains(&description.vm) => {}
@@ -190,6 +197,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
     let phase = if description.base_point.is_some() { Phase::Replicating } else { initial };
     VmDoc {
         primary_name: description.primary_name.clone(),
+        generation: description.generation,
         interval_s: description.interval_s,
         points: description.points,
         offered: description.disks.clone(),

@@ -11,6 +11,7 @@
 //! | a hold that has run out | forgotten |
 //! | a VM that is being removed | its files are removed, and its rows |
 //! | layers of a failover that there is not | removed |
+//! | logs in the folder of a VM whose failover is at its end | removed |
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,8 +20,9 @@ use std::sync::Arc;
 use model::{ApplyState, Head, LogNumber, Phase, ResyncReason};
 use steps::durable_step;
 
+use crate::completion::{is_released, tidy_released};
 use crate::error::Result;
-use crate::folder::{parse_log, parse_partial};
+use crate::folder::{Folder, parse_log, parse_partial};
 use crate::receive::{check_continues, remove_partials};
 use crate::relationship::set_phase;
 use crate::rows::{self, HoldRow, LogRow, VmRow};
@@ -46,6 +48,19 @@ impl Store {
             }
             let vm = self.recover_vm(row, holds.remove(&id).unwrap_or_default())?;
             self.vms_mut().insert(id, vm);
+        }
+        self.tidy_released_folders(&vms_folder)
+    }
+
+    fn tidy_released_folders(&self, vms_folder: &Path) -> Result<()> {
+        let files = self.files();
+        let replicas: Vec<Arc<Vm>> = self.vms().values().cloned().collect();
+        for name in files.names(vms_folder)? {
+            let folder = Folder { files: files.clone(), path: vms_folder.join(name) };
+            let is_replica = || replicas.iter().any(|vm| vm.lock().row.folder == folder.path);
+            if is_released(&folder)? && !is_replica() {
+                tidy_released(&folder)?;
+            }
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName};
 use steps::durable_step;
 
+use crate::completion::fresh_home;
 use crate::error::{Error, Refused, Result};
 use crate::folder::Folder;
 use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
@@ -33,6 +34,8 @@ pub struct Offer {
     pub phase: Phase,
     /// Replication is paused by a person.
     pub paused: bool,
+    /// How often the VM has changed its site for good, and one more.
+    pub generation: u64,
 }
 
 /// Where a relationship stands here, for its primary.
@@ -51,22 +54,33 @@ impl Store {
     /// have grown, come or gone are the next log's to say; here they are only shown.
     pub fn offer(&self, peer: &str, offer: Offer) -> Result<Standing> {
         let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = self.find(&offer.name).filter(|vm| *vm != offer.vm) {
-            let message = format!(
-                "the name {} is taken here by another VM ({taken}); protect this one under another name, or remove that replica",
-                offer.name
-            );
-            return Err(Refused::lasting("name-taken", message).into());
-        }
+        self.check_name(offer.vm, &offer.name)?;
+        self.check_fence(offer.vm, offer.generation)?;
         match self.vm(offer.vm) {
             Ok(vm) => self.update(&vm, peer, offer),
             Err(_) => self.create(peer, offer),
         }
     }
 
+    pub(crate) fn check_name(&self, vm: VmId, name: &VmName) -> Result<()> {
+        let Some(taken) = self.find(name).filter(|found| *found != vm) else { return Ok(()) };
+        let message = format!(
+            "the name {name} is taken here by another VM ({taken}); protect this one under another name, or remove that replica"
+        );
+        Err(Refused::lasting("name-taken", message).into())
+    }
+
+    /// Turns away what was the VM before it was failed over to this site for good.
+    pub fn check_fence(&self, vm: VmId, generation: u64) -> Result<()> {
+        match rows::fence(self.catalog(), vm)? {
+            Some(fence) if generation < fence.generation => Err(fenced(&fence, generation).into()),
+            _ => Ok(()),
+        }
+    }
+
     fn create(&self, peer: &str, offer: Offer) -> Result<Standing> {
         let now = self.now();
-        let folder = self.home(offer.vm);
+        let folder = fresh_home(&self.home(offer.vm))?;
         self.check_space(&Folder { files: self.files(), path: self.inner.config.dir.join("vms") }, 0)?;
         // What lies there is of a replica whose removal was cut off.
         folder.files.remove_folder(&folder.path)?;
@@ -102,6 +116,7 @@ impl Store {
         doc.points = offer.points;
         doc.offered = offer.disks;
         doc.withdrawn = false;
+        doc.generation = offer.generation;
         // Whoever offers is about to send: what failed before is no error that lasts.
         take_report(doc, offer.phase, None, offer.paused, self.now());
         let described =
@@ -163,6 +178,10 @@ impl Store {
         if state.is_held(self.now()) {
             return Err(Error::busy(vm.id, "its flat files are held; release the hold first"));
         }
+        if state.in_failover() {
+            let why = "it is failed over, and may be running from these files; cancel or complete the failover first";
+            return Err(Error::busy(vm.id, why));
+        }
         let mut row = state.row.clone();
         row.doc.removing = true;
         durable_step("replica::remove::marking");
@@ -215,16 +234,26 @@ pub(crate) fn refuses_logs(state: &State) -> Option<Refused> {
     None
 }
 
+/// Why the old primary of a VM that was failed over for good is turned away.
+fn fenced(fence: &rows::Fence, generation: u64) -> Refused {
+    let message = format!(
+        "VM {} was failed over to this site for good and has run here since (generation {}); what you have is the VM of before (generation {generation}), and nothing of it is taken. Keep it switched off; 'afterimage failover reverse {}' here makes your site its replica, or run 'afterimage unprotect {}' at yours",
+        fence.name, fence.generation, fence.name, fence.name
+    );
+    Refused::lasting("fenced", message)
+}
+
 fn standing(state: &State) -> Standing {
     let doc = &state.row.doc;
     Standing { head: doc.head, phase: doc.phase.clone(), refused: refuses_logs(state) }
 }
 
-fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
+pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
     let total_bytes = offer.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add);
     let disks: Vec<DiskName> = offer.disks.iter().map(|disk| disk.name.clone()).collect();
     VmDoc {
         primary_name: offer.primary_name.clone(),
+        generation: offer.generation,
         interval_s: offer.interval.as_secs(),
         points: offer.points,
         offered: offer.disks.clone(),

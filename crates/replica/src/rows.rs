@@ -35,6 +35,11 @@ CREATE TABLE replica_holds (
 CREATE TABLE replica_parents (
     vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
     id TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (vm, id)) STRICT;
+", "
+-- VMs that were failed over for good: a primary of an older generation is turned away.
+CREATE TABLE replica_fences (
+    vm TEXT PRIMARY KEY, name TEXT NOT NULL, generation INTEGER NOT NULL, at INTEGER NOT NULL,
+    replicated TEXT NOT NULL) STRICT;
 "];
 
 /// A disk and its size, as the catalog keeps it.
@@ -96,14 +101,38 @@ pub(crate) struct FailoverRow {
     /// Where the relationship stood before, for a cancel.
     pub before: Phase,
     pub before_since: Timestamp,
-    /// The base equals the point and the overlays are there.
+    /// The layers are there.
     pub ready: bool,
+    /// The VM's disks at the point.
+    #[serde(default)]
+    pub disks: Vec<DiskSize>,
+    /// It was made final by a person.
+    #[serde(default)]
+    pub completing: bool,
+}
+
+/// What keeps the old primary of a VM that was failed over for good from replicating to this site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fence {
+    /// The VM.
+    pub vm: VmId,
+    /// What it was called.
+    pub name: VmName,
+    /// Only a primary of this generation or a newer one is the VM.
+    pub generation: u64,
+    /// When the failover was completed.
+    pub at: Timestamp,
+    /// The peer that it was replicated from, the seconds between cycles, and the hourly points kept.
+    pub replicated: (String, u64, u8),
 }
 
 /// What changes with a VM's life; one document in the catalog.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VmDoc {
     pub primary_name: String,
+    /// How often the VM has changed its site for good, and one more.
+    #[serde(default = "first_generation")]
+    pub generation: u64,
     pub interval_s: u64,
     pub points: u8,
     /// The disks as the primary last offered them.
@@ -132,6 +161,10 @@ pub(crate) struct VmDoc {
     /// What the flat files show may not be on the disk: an apply that may have failed in its sync was given up.
     #[serde(default)]
     pub unsure: bool,
+}
+
+pub(crate) const fn first_generation() -> u64 {
+    1
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -317,6 +350,46 @@ pub(crate) fn parent(catalog: &Catalog, vm: VmId, id: LogId) -> Result<Option<Lo
         c.query_row(query, params![vm.to_string(), id.to_string()], |row| row.get(0).map(LogNumber))
             .optional()
     })?)
+}
+
+/// Raises a fence; one that is there is never lowered.
+pub(crate) fn raise_fence(tx: &Transaction<'_>, fence: &Fence) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (vm) DO UPDATE SET
+         name = excluded.name, generation = max(generation, excluded.generation), at = excluded.at,
+         replicated = excluded.replicated",
+        params![
+            fence.vm.to_string(),
+            fence.name.as_str(),
+            fence.generation,
+            fence.at.0,
+            to_json(&fence.replicated)
+        ],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn fence(catalog: &Catalog, vm: VmId) -> Result<Option<Fence>> {
+    use catalog::OptionalExtension;
+    let query = "SELECT * FROM replica_fences WHERE vm = ?1";
+    Ok(catalog.read(|c| c.query_row(query, [vm.to_string()], read_fence).optional())?)
+}
+
+/// The newest fence of a VM of this name.
+pub(crate) fn fence_of_name(catalog: &Catalog, name: &VmName) -> Result<Option<Fence>> {
+    use catalog::OptionalExtension;
+    let query = "SELECT * FROM replica_fences WHERE name = ?1 ORDER BY at DESC LIMIT 1";
+    Ok(catalog.read(|c| c.query_row(query, [name.as_str()], read_fence).optional())?)
+}
+
+fn read_fence(row: &rusqlite::Row<'_>) -> rusqlite::Result<Fence> {
+    Ok(Fence {
+        vm: parsed(row, 0)?,
+        name: parsed(row, 1)?,
+        generation: row.get(2)?,
+        at: Timestamp(row.get(3)?),
+        replicated: json(row, 4)?,
+    })
 }
 
 pub(crate) fn add_hold(tx: &Transaction<'_>, hold: &HoldRow) -> rusqlite::Result<()> {

@@ -1,7 +1,7 @@
 //! One VM in memory: its chain, who reads it, and what goes on with it.
 //!
-//! Locks, in the order in which they may be taken: `work` (one apply, merge, move or failover at a time),
-//! `receiving` (one log arrives at a time), `state` (short; a change of the chain's state is committed to
+//! Locks, in the order in which they may be taken: `work` (one apply, merge or move at a time), `layering` (the
+//! layers of a failover are made or removed), `receiving` (one log arrives at a time), `state` (short; a change of the chain's state is committed to
 //! the catalog under it). Whoever holds `state` sees a chain that does not change, so the gate's answer
 //! and the pin that follows from it are one step.
 
@@ -26,6 +26,8 @@ pub(crate) struct Vm {
     pub id: VmId,
     pub work: Mutex<()>,
     pub receiving: Mutex<Option<Incoming>>,
+    /// Held while the layers of a failover are made or removed.
+    pub layering: Mutex<()>,
     state: Mutex<State>,
     /// Told when an apply has ended, a barrier was given back or a hold has ended.
     pub changed: Condvar,
@@ -45,6 +47,8 @@ pub(crate) struct State {
     /// Raised when all views that are open must end.
     pub epoch: u64,
     pub revoked: String,
+    /// How many failovers have ended: a view of one is worth nothing after that.
+    pub failovers: u64,
     /// When each barrier ends by itself.
     pub barriers: BTreeMap<u64, Timestamp>,
     pub barriers_made: u64,
@@ -64,6 +68,7 @@ impl Vm {
             id: state.row.vm,
             work: Mutex::new(()),
             receiving: Mutex::new(None),
+            layering: Mutex::new(()),
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
@@ -96,6 +101,7 @@ impl State {
             pins: BTreeMap::new(),
             epoch: 0,
             revoked: String::new(),
+            failovers: 0,
             barriers: BTreeMap::new(),
             barriers_made: 0,
             retry_at: Timestamp::default(),

@@ -5,58 +5,21 @@ mod common;
 use std::fs;
 use std::time::Duration;
 
+use common::bench::{Bench, bench};
 use common::*;
 use model::gate::{Access, Condition};
 use model::{LogClass, LogNumber, Phase, Purpose, ResyncReason};
 use replica::Error;
 
-struct Bench {
-    dir: tempfile::TempDir,
-    clock: TestClock,
-    site: Site,
-    primary: Primary,
-    chance: Chance,
+/// A hold of the flat files.
+trait Gate {
+    fn hold(&self, point: LogNumber, lease_s: u64) -> replica::Result<replica::Hold>;
 }
 
-fn bench(points: u8) -> Bench {
-    let (dir, clock) = (tempfile::tempdir().unwrap(), TestClock::new());
-    let site = Site::open(dir.path(), &clock);
-    let mut primary = Primary::new(VM, &[("vda", 300 * 1024), ("vdb", 64 * 1024)]);
-    primary.points = points;
-    site.store.offer(PEER, primary.offer()).unwrap();
-    primary.write("vda", 0..200_000, |at| at as u8 | 1);
-    Bench { dir, clock, site, primary, chance: Chance(3) }
-}
-
-impl Bench {
-    fn cycle(&mut self) -> LogNumber {
-        self.primary.write_some(&mut self.chance, 100);
-        self.clock.pass(Duration::from_secs(30));
-        let first = self.primary.head.number == LogNumber::ZERO;
-        self.primary.ship(&self.site, if first { Purpose::Initial } else { Purpose::Changes }, POINT)
-    }
-
-    fn reopen(&mut self) {
-        let other = tempfile::tempdir().unwrap();
-        self.site = Site::open(other.path(), &self.clock);
-        self.site = Site::open(self.dir.path(), &self.clock);
-    }
-
+impl Gate for Bench {
     fn hold(&self, point: LogNumber, lease_s: u64) -> replica::Result<replica::Hold> {
         let admitted = self.site.store.admit(VM, Access::Hold, point)?;
         Ok(self.site.store.open_hold(admitted, Duration::from_secs(lease_s))?.0)
-    }
-
-    /// Every access is refused with this condition.
-    #[track_caller]
-    fn refused(&self, condition: Condition) {
-        let point = self.site.store.points(VM).unwrap().last().map_or(LogNumber(1), |point| point.number);
-        for access in [Access::Pinned, Access::Strict, Access::Hold] {
-            match self.site.store.admit(VM, access, point) {
-                Err(Error::Gate(refusal)) => assert_eq!(refusal.condition, condition),
-                other => panic!("{condition} was expected: {other:?}"),
-            }
-        }
     }
 }
 
@@ -178,46 +141,6 @@ fn a_point_is_pinned_from_the_gates_answer_on() {
     bench.site.settle(VM);
     assert_eq!(bench.site.store.applied(VM).unwrap(), LogNumber(3));
     assert!(matches!(bench.site.view(VM, one), Err(Error::NoSuchPoint { .. })));
-}
-
-#[test]
-fn a_failover_ends_views_refuses_logs_and_can_be_cancelled() {
-    let mut bench = bench(3);
-    for _ in 0..4 {
-        bench.cycle();
-    }
-    let (early, late) =
-        (bench.site.view(VM, LogNumber(1)).unwrap(), bench.site.view(VM, LogNumber(4)).unwrap());
-    let disks = bench.site.store.failover_begin(VM, LogNumber(3)).unwrap();
-    for disk in &disks {
-        assert_eq!(fs::read(&disk.base).unwrap(), bench.primary.truth[&LogNumber(3)][disk.name.as_str()]);
-        let info = std::process::Command::new("qemu-img")
-            .args(["info", "--output=json"])
-            .arg(&disk.overlay)
-            .output();
-        let info: serde_json::Value = serde_json::from_slice(&info.unwrap().stdout).unwrap();
-        assert_eq!(info["virtual-size"], disk.size_bytes);
-        assert_eq!(info["backing-filename"], disk.base.to_str().unwrap());
-    }
-    assert!(early.still_valid().is_err() && late.still_valid().is_err());
-    let mut buf = [0; 10];
-    assert_eq!(early.read_at(&disk("vda"), 0, &mut buf).unwrap_err().code(), "view-revoked");
-    drop((early, late));
-    bench.refused(Condition::Failover);
-    let (header, bytes) = bench.primary.make_log(Purpose::Changes, POINT, bench.clock.now());
-    assert_eq!(bench.site.send(&header, &bytes, 1000).unwrap_err().code(), "failover");
-    bench.reopen();
-    bench.site.settle(VM);
-    bench.refused(Condition::Failover);
-    assert_eq!(bench.site.store.failover_begin(VM, LogNumber(3)).unwrap(), disks, "asked again, the same");
-    assert_eq!(bench.site.store.failover_begin(VM, LogNumber(4)).unwrap_err().code(), "busy");
-    bench.site.store.failover_cancel(VM).unwrap();
-    assert!(!disks[0].overlay.exists());
-    bench.site.check_points(&bench.primary);
-    assert_eq!(bench.site.store.points(VM).unwrap().len(), 2, "points 3 and 4");
-    bench.cycle();
-    bench.site.settle(VM);
-    bench.site.check_points(&bench.primary);
 }
 
 #[test]

@@ -11,12 +11,28 @@ use crate::{Result, doing};
 /// A running daemon; its disks are files `<name>.raw` in its folder and NBD exports of the same name.
 pub struct StorageDaemon {
     dir: PathBuf,
-    disks: Vec<(String, u64)>,
+    disks: Vec<Disk>,
     logs_writes: bool,
     process: Option<Process>,
 }
 
+struct Disk {
+    name: String,
+    path: PathBuf,
+    format: &'static str,
+}
+
 impl StorageDaemon {
+    /// Starts one on qcow2 files that are there: a VM that was failed over.
+    pub fn start_on(dir: &Path, images: &[(String, PathBuf)]) -> Result<Self> {
+        let disk = |(name, path): &(String, PathBuf)| Disk {
+            name: name.clone(),
+            path: path.clone(),
+            format: "qcow2",
+        };
+        Self::run(dir, images.iter().map(disk).collect(), false)
+    }
+
     /// Starts one with these disks (name, bytes); files that are there already are used as they are.
     pub fn start(dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
         Self::start_with(dir, disks, false)
@@ -29,15 +45,21 @@ impl StorageDaemon {
     }
 
     fn start_with(dir: &Path, disks: &[(&str, u64)], logs_writes: bool) -> Result<Self> {
-        need("qemu-storage-daemon", "qemu-utils")?;
         std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
-        let disks: Vec<_> = disks.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
-        for (name, bytes) in &disks {
+        let mut made = Vec::new();
+        for &(name, bytes) in disks {
             let path = dir.join(format!("{name}.raw"));
             if !path.exists() {
-                File::create(&path).and_then(|file| file.set_len(*bytes)).map_err(doing(path.display()))?;
+                File::create(&path).and_then(|file| file.set_len(bytes)).map_err(doing(path.display()))?;
             }
+            made.push(Disk { name: name.to_owned(), path, format: "raw" });
         }
+        Self::run(dir, made, logs_writes)
+    }
+
+    fn run(dir: &Path, disks: Vec<Disk>, logs_writes: bool) -> Result<Self> {
+        need("qemu-storage-daemon", "qemu-utils")?;
+        std::fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let mut daemon = Self { dir: dir.to_owned(), disks, logs_writes, process: None };
         daemon.restart()?;
         Ok(daemon)
@@ -52,13 +74,13 @@ impl StorageDaemon {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new("qemu-storage-daemon");
-        for (name, _) in &self.disks {
-            command.arg("--blockdev").arg(self.blockdev(name)?);
+        for disk in &self.disks {
+            command.arg("--blockdev").arg(self.blockdev(disk)?);
         }
         command
             .arg("--nbd-server")
             .arg(format!("addr.type=unix,addr.path={},max-connections=0", self.nbd().display()));
-        for (name, _) in &self.disks {
+        for Disk { name, .. } in &self.disks {
             command
                 .arg("--export")
                 .arg(format!("type=nbd,id=guest-{name},node-name={name},name={name},writable=on"));
@@ -83,9 +105,9 @@ impl StorageDaemon {
 
     /// The disk's node, and below it its file; between them, if so wished, the log. The log's node is a filter:
     /// what Afterimage does on the disk's node, it does above it.
-    fn blockdev(&self, name: &str) -> Result<String> {
-        let top = format!("driver=raw,node-name={name},discard=unmap");
-        let file = self.disk(name);
+    fn blockdev(&self, disk: &Disk) -> Result<String> {
+        let Disk { name, path: file, format } = disk;
+        let top = format!("driver={format},node-name={name},discard=unmap");
         if !self.logs_writes {
             return Ok(format!("{top},file.driver=file,file.filename={}", file.display()));
         }
@@ -139,7 +161,15 @@ impl StorageDaemon {
     /// The file of a disk.
     #[must_use]
     pub fn disk(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("{name}.raw"))
+        let known = self.disks.iter().find(|disk| disk.name == name);
+        known.map_or_else(|| self.dir.join(format!("{name}.raw")), |disk| disk.path.clone())
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait_for_end(&mut self) -> Result<()> {
+        wait_for("qemu-storage-daemon to end", Duration::from_secs(20), || {
+            Ok(self.process.as_mut().is_none_or(Process::has_ended).then_some(()))
+        })
     }
 
     /// The log of the writes to a disk, if it keeps one.
@@ -150,6 +180,6 @@ impl StorageDaemon {
 
     /// The names of its disks.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.disks.iter().map(|(name, _)| name.as_str())
+        self.disks.iter().map(|disk| disk.name.as_str())
     }
 }

@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use boot::{Accelerator, BootDisk, Evidence, Local, Machine, Order};
+use boot::{Accelerator, BootDisk, Evidence, Instance, Local, Machine, Order};
 use catalog::{Catalog, params};
-use model::VmName;
+use model::{Phase, Timestamp, VmId, VmName};
+use replica::Store;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::{now, rfc3339};
 use crate::config::Boot;
@@ -28,6 +30,15 @@ const TABLES: &[&str] = &["
         report TEXT NOT NULL            -- json: what `check` answers
     ) STRICT;
 "];
+
+/// How often it is looked whose check is due.
+const SCHEDULE: Duration = Duration::from_secs(60);
+
+/// The name of a replica that could be checked now.
+fn due_name(store: &Store, vm: VmId) -> Option<VmName> {
+    let status = store.status(vm).ok()?;
+    (status.facts.phase == Phase::Replicating && !status.points.is_empty()).then_some(status.name)
+}
 
 /// The boot checks of a site.
 pub(crate) struct Checks {
@@ -80,33 +91,12 @@ impl Checks {
         shown: &Shown,
         found: &mut Option<Accelerator>,
     ) -> Result<Value, Failure> {
-        let accelerator = match self.config.accelerator.or(*found) {
-            Some(accelerator) => accelerator,
-            None => *found.insert(self.find_accelerator().await?),
-        };
-        let named = shown.definition["sign-of-life"].as_str().and_then(|sign| sign.parse().ok());
-        let disk = |disk: &ShownDisk| BootDisk {
-            name: disk.name.clone(),
-            socket: shown.socket.clone(),
-            export: disk.export.clone(),
-        };
-        let local = self.local(&check.vm)?;
-        let mut disks: Vec<&ShownDisk> = shown.disks.iter().collect();
-        // A kernel that is started directly finds its disks where they always were.
-        if local.kernel.is_none() {
-            disks.sort_by_key(|disk| disk.boot_rank);
+        let accelerator = self.accelerator(found).await?;
+        let mut order = self.order(&check.vm, shown, self.folder(&check.vm).join(&shown.id), accelerator)?;
+        if let Some(sign) = &check.sign {
+            order.sign = sign.clone();
         }
-        let mut order = Order {
-            program: self.config.program.clone(),
-            accelerator,
-            machine: Machine::of_definition(&shown.definition)
-                .at_most(self.config.memory_max_mib, self.config.cpus_max),
-            local,
-            disks: disks.into_iter().map(disk).collect(),
-            sign: check.sign.clone().or(named).unwrap_or_default(),
-            within: Duration::from_secs(check.within_s.unwrap_or(self.config.within_s)),
-            dir: self.folder(&check.vm).join(&shown.id),
-        };
+        order.within = Duration::from_secs(check.within_s.unwrap_or(self.config.within_s));
         let at = now();
         let mut evidence = self.try_once(&order).await?;
         if evidence.alive_after.is_none() && *found == Some(Accelerator::Kvm) {
@@ -128,6 +118,87 @@ impl Checks {
             "boot_s": evidence.alive_after.map(|time| time.as_secs_f64()), "why": evidence.why_not,
             "accelerator": order.accelerator, "screenshot": evidence.screenshot, "console": evidence.console,
         }))
+    }
+
+    async fn accelerator(&self, found: &mut Option<Accelerator>) -> Result<Accelerator, Failure> {
+        match self.config.accelerator.or(*found) {
+            Some(accelerator) => Ok(accelerator),
+            None => Ok(*found.insert(self.find_accelerator().await?)),
+        }
+    }
+
+    /// How an export of a VM's disks is booted.
+    fn order(
+        &self,
+        vm: &VmName,
+        shown: &Shown,
+        dir: PathBuf,
+        accelerator: Accelerator,
+    ) -> Result<Order, Failure> {
+        let named = shown.definition["sign-of-life"].as_str().and_then(|sign| sign.parse().ok());
+        let disk = |disk: &ShownDisk| BootDisk {
+            name: disk.name.clone(),
+            socket: shown.socket.clone(),
+            export: disk.export.clone(),
+        };
+        let local = self.local(vm)?;
+        let mut disks: Vec<&ShownDisk> = shown.disks.iter().collect();
+        // A kernel that is started directly finds its disks where they always were.
+        if local.kernel.is_none() {
+            disks.sort_by_key(|disk| disk.boot_rank);
+        }
+        Ok(Order {
+            program: self.config.program.clone(),
+            accelerator,
+            machine: Machine::of_definition(&shown.definition)
+                .at_most(self.config.memory_max_mib, self.config.cpus_max),
+            local,
+            disks: disks.into_iter().map(disk).collect(),
+            sign: named.unwrap_or_default(),
+            within: Duration::from_secs(self.config.within_s),
+            dir,
+            vnc: false,
+        })
+    }
+
+    /// Boots an export for somebody who looks at it himself; it runs until it is ended.
+    pub async fn start(&self, vm: &VmName, shown: &Shown, dir: PathBuf) -> Result<Instance, Failure> {
+        let accelerator = self.accelerator(&mut *self.found.lock().await).await?;
+        let order = Order { vnc: true, ..self.order(vm, shown, dir, accelerator)? };
+        Ok(Instance::start(&order).await?)
+    }
+
+    /// When a VM was checked last.
+    fn newest(&self, vm: &VmName) -> Result<Option<Timestamp>, Failure> {
+        let query = "SELECT max(at) FROM boot_checks WHERE vm = ?1";
+        let at: Option<i64> = self.catalog.read(|c| c.query_row(query, [vm.as_str()], |row| row.get(0)))?;
+        Ok(at.map(Timestamp))
+    }
+
+    /// Checks the newest point of every replica whose last check is older than the config wants it, until `stop`.
+    pub async fn run_scheduled(&self, store: &Store, stop: CancellationToken) {
+        let every = Duration::from_secs(self.config.every_h.saturating_mul(3600));
+        while !every.is_zero() && !stop.is_cancelled() {
+            for vm in store.list().into_iter().filter_map(|vm| due_name(store, vm)) {
+                let is_due = match self.newest(&vm) {
+                    Ok(newest) => newest.is_none_or(|at| now().since(at) >= every),
+                    Err(_) => false,
+                };
+                if !is_due || stop.is_cancelled() {
+                    continue;
+                }
+                let what = Exported::Point { vm: vm.clone(), point: None };
+                let check = Check { vm: vm.clone(), what, sign: None, within_s: None };
+                if let Err(failure) = self.run(check).await {
+                    let what = format!("a scheduled boot check could not be made: {}", failure.message);
+                    self.events.note(Event::new("boot-check-failed", what).vm(&vm)).await;
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(SCHEDULE) => {}
+                () = stop.cancelled() => {}
+            }
+        }
     }
 
     /// One boot; what the guest has written on its disks is seen by the next one, as after a reset.

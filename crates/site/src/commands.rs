@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::gate::Access;
-use model::{LogId, LogNumber, VmId, VmName};
+use model::{LogNumber, VmId, VmName};
 use primary::{Primary, ProtectRequest, Settings};
 use replica::Store;
 use serde_json::{Value, json};
@@ -21,8 +21,10 @@ use crate::exports::Exports;
 use crate::failure::{Code, Failure};
 use crate::jobs::Jobs;
 use crate::peers::Peers;
-use crate::request::{FailoverAction, Protect, Request};
+use crate::request::{Protect, Request};
 use crate::status::VmView;
+use crate::trials::Trials;
+use crate::turn::Turns;
 
 /// The parts of a running site.
 pub(crate) struct Site {
@@ -34,6 +36,8 @@ pub(crate) struct Site {
     pub jobs: Arc<Jobs<Backups>>,
     pub exports: Arc<Exports>,
     pub checks: Checks,
+    pub turns: Turns,
+    pub trials: Trials,
 }
 
 impl Commands for Site {
@@ -51,17 +55,14 @@ impl Commands for Site {
             Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Unprotect { vm } => self.unprotect(&vm).await,
-            Request::Backup(request) => self.jobs.run(request, reporter).await,
+            Request::Backup(request) => self.jobs.run(request, reporter.clone()).await,
             Request::Jobs => {
                 let jobs = self.jobs.list()?;
                 Ok(json!({ "jobs": jobs.iter().map(crate::jobs::Job::shown).collect::<Vec<_>>() }))
             }
             Request::Hold { vm, for_s } => self.hold(&vm, Duration::from_secs(for_s)).await,
             Request::Release { hold } => self.release(hold).await,
-            Request::Failover { action: FailoverAction::Unplanned, vm, point } => {
-                self.failover(&vm, point).await
-            }
-            Request::Failover { action: FailoverAction::Cancel, vm, .. } => self.failover_cancel(&vm).await,
+            Request::Failover(request) => self.failover(request, &reporter).await,
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
@@ -198,7 +199,7 @@ impl Site {
     }
 
     /// A replica after a command.
-    fn of_replica(&self, vm: VmId) -> Result<Value, Failure> {
+    pub(crate) fn of_replica(&self, vm: VmId) -> Result<Value, Failure> {
         Ok(json!(VmView::of_replica(vm, &self.store.status(vm)?, now())))
     }
 
@@ -234,34 +235,6 @@ impl Site {
         Err(Failure::new(Code::Hold, message))
     }
 
-    async fn failover(&self, vm: &VmName, point: Option<LogId>) -> Result<Value, Failure> {
-        let id = self.replica(vm)?;
-        let points = self.store.points(id)?;
-        let found = match point {
-            Some(wanted) => points.iter().find(|point| point.id == wanted),
-            None => points.last(),
-        };
-        let no_point = || {
-            Failure::new(
-                Code::NoSuchPoint,
-                format!("{vm} has no such recovery point; 'afterimage points {vm}' lists them"),
-            )
-        };
-        let point = *found.ok_or_else(no_point)?;
-        let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
-        let shown: Vec<Value> = disks
-            .iter()
-            .map(|disk| json!({ "name": disk.name, "path": disk.overlay, "format": "qcow2" }))
-            .collect();
-        Ok(json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown }))
-    }
-
-    async fn failover_cancel(&self, vm: &VmName) -> Result<Value, Failure> {
-        let id = self.replica(vm)?;
-        self.store.run(move |store| store.failover_cancel(id)).await?;
-        self.of_replica(id)
-    }
-
     async fn migrate(&self, vm: &VmName, storage: PathBuf) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         crate::init::make_folder(&storage, 0o777)?;
@@ -281,7 +254,7 @@ impl Site {
     }
 
     /// The replica of this name.
-    fn replica(&self, name: &VmName) -> Result<VmId, Failure> {
+    pub(crate) fn replica(&self, name: &VmName) -> Result<VmId, Failure> {
         match self.store.find(name) {
             Some(vm) => Ok(vm),
             None if self.primary.get(name).is_some() => Err(Failure::new(
@@ -293,6 +266,6 @@ impl Site {
     }
 }
 
-fn no_such_vm(name: &VmName) -> Failure {
+pub(crate) fn no_such_vm(name: &VmName) -> Failure {
     Failure::new(Code::NoSuchVm, format!("no VM named {name} is known here; 'afterimage status' lists them"))
 }

@@ -178,6 +178,8 @@ pub struct Boot {
     pub within_s: u64,
     /// Boot checks whose evidence is kept, of each VM.
     pub kept: u32,
+    /// The newest point of each replica is checked when its last check is so many hours old; never with 0.
+    pub every_h: u64,
 }
 
 impl Default for Boot {
@@ -189,6 +191,7 @@ impl Default for Boot {
             cpus_max: 2,
             within_s: 300,
             kept: 10,
+            every_h: 0,
         }
     }
 }
@@ -386,6 +389,7 @@ memory-max-mib = {memory_max}    # no checked guest gets more memory
 cpus-max = {cpus_max}            # nor more processors
 within-s = {within}              # how long a guest may take to show a sign of life
 kept = {kept}                    # checks whose console and screen are kept, of each VM
+every-h = {every}                # check the newest point of each replica so often, in hours; 0: only on demand
 
 [repositories.{LOCAL_REPOSITORY}]
 path = "repository"
@@ -418,6 +422,7 @@ password-file = "repository.password"
         cpus_max = boot.cpus_max,
         within = boot.within_s,
         kept = boot.kept,
+        every = boot.every_h,
     );
     text
 }

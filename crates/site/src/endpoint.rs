@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use model::{LogId, LogNumber, VmId};
+use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, Newcomer, Offer, Peer, Refused, RefusedClass, RelationshipStatus,
-    Report, SiteInfo, UploadState, WireEvent, codes,
+    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, Peer,
+    Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, UploadState, WireEvent, codes,
 };
 
 use crate::commands::Site;
@@ -27,10 +27,11 @@ pub(crate) struct SiteEndpoint {
     store: Store,
     usage: Arc<Usage>,
     vms_per_peer: usize,
+    site: Arc<Site>,
 }
 
 impl SiteEndpoint {
-    pub fn new(site: &Site) -> Self {
+    pub fn new(site: Arc<Site>) -> Self {
         Self {
             name: site.config.name.clone(),
             peers: site.peers.clone(),
@@ -38,6 +39,7 @@ impl SiteEndpoint {
             store: site.store.clone(),
             usage: Arc::default(),
             vms_per_peer: site.config.replica.vms_per_peer,
+            site,
         }
     }
 
@@ -135,6 +137,7 @@ fn offered(offer: Offer) -> replica::Offer {
         definition: offer.definition,
         phase: offer.phase,
         paused: offer.paused,
+        generation: offer.generation,
     }
 }
 
@@ -154,7 +157,9 @@ impl Endpoint for SiteEndpoint {
     async fn offer(&self, peer: &Peer, offer: Offer) -> Result<RelationshipStatus, Refused> {
         self.check_allowed(peer, offer.vm_name.as_str())?;
         self.check_count(peer, offer.vm).await?;
-        let standing = self.store(peer, |store, peer| store.offer(peer, offered(offer))).await?;
+        let offer = offered(offer);
+        self.site.turn_round(peer, &offer).await?;
+        let standing = self.store(peer, |store, peer| store.offer(peer, offer)).await?;
         Ok(RelationshipStatus {
             durable: standing.head.number,
             durable_id: standing.head.id,
@@ -171,6 +176,25 @@ impl Endpoint for SiteEndpoint {
 
     async fn withdraw(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
         self.store(peer, move |store, peer| store.withdraw(peer, vm)).await
+    }
+
+    async fn hand_over(&self, peer: &Peer, vm: VmId, newest: HandOver) -> Result<HandedOver, Refused> {
+        self.check_vm(peer, vm)?;
+        let newest = Head { number: newest.number, id: newest.id };
+        let disks = self.store(peer, move |store, peer| store.hand_over(peer, vm, newest)).await?;
+        if !disks.is_empty() {
+            let shown = self.site.exports.show_failover(vm).await;
+            shown.map_err(|failure| Refused::new(RefusedClass::Busy, "failover", failure.message))?;
+            self.site.watch_completion(vm);
+            let name = self.store.name(vm).map(String::from).unwrap_or_default();
+            let what = format!("handed over by {} with everything; it can be started here", peer.name);
+            self.events.note(Event::new("failover", what).vm(name)).await;
+        }
+        let disk = |disk: replica::FailoverDisk| HandedOverDisk {
+            name: disk.name,
+            path: disk.overlay.display().to_string(),
+        };
+        Ok(HandedOver { disks: disks.into_iter().map(disk).collect() })
     }
 
     async fn upload_state(

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use model::VmId;
 use model::gate::Access;
 use nbd::{CowDisk, Disk, Server, StatusExtent};
 use replica::{ConsistentView, Store};
@@ -62,6 +63,39 @@ impl Exports {
         let exports = self.clone();
         let added = tokio::task::spawn_blocking(move || exports.add_blocking(&export)).await;
         added.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
+    }
+
+    /// Shows what lies below the layers of a VM that is failed over, until [`Self::hide_failover`]; it does not
+    /// matter if it is shown already.
+    pub async fn show_failover(self: &Arc<Self>, vm: VmId) -> Result<(), Failure> {
+        let exports = self.clone();
+        let shown = tokio::task::spawn_blocking(move || exports.show_failover_blocking(vm)).await;
+        shown.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
+    }
+
+    fn show_failover_blocking(&self, vm: VmId) -> Result<(), Failure> {
+        let id = failover_id(vm);
+        if self.lock().contains_key(&id) {
+            return Ok(());
+        }
+        let view = Arc::new(self.store.failover_view(vm)?);
+        let mut names = Vec::new();
+        for disk in view.disks() {
+            let name = replica::failover_export(vm, &disk.name);
+            let below = Arc::new(Below { view: view.clone(), disk });
+            self.server.add(&name, below).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+            names.push(name);
+        }
+        self.lock().insert(id, names);
+        Ok(())
+    }
+
+    /// Ends what [`Self::show_failover`] began.
+    pub async fn hide_failover(&self, vm: VmId) {
+        let names = self.lock().remove(&failover_id(vm)).unwrap_or_default();
+        for name in &names {
+            self.server.remove(name).await;
+        }
     }
 
     /// Ends an export.
@@ -196,6 +230,32 @@ fn disks_of_view(view: ConsistentView) -> Vec<(String, Arc<dyn Disk>)> {
 }
 
 impl Disk for PointDisk {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.view.read_at(&self.disk.name, offset, buffer).map_err(io::Error::other)
+    }
+
+    fn extents(&self, range: Range<u64>) -> io::Result<Vec<StatusExtent>> {
+        let data = self.view.data_extents(&self.disk.name, range.clone()).map_err(io::Error::other)?;
+        Ok(status(range, data))
+    }
+}
+
+/// How the exports of a failover are found again.
+fn failover_id(vm: VmId) -> String {
+    format!("failover-{vm}")
+}
+
+/// What lies below a failed-over VM's layer.
+struct Below {
+    view: Arc<replica::FailoverView>,
+    disk: replica::DiskSize,
+}
+
+impl Disk for Below {
     fn size_bytes(&self) -> u64 {
         self.disk.size_bytes
     }

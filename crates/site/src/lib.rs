@@ -18,6 +18,7 @@ mod control;
 mod endpoint;
 mod events;
 mod exports;
+mod failover;
 mod failure;
 mod init;
 mod jobs;
@@ -27,6 +28,8 @@ mod request;
 mod serve;
 mod source;
 mod status;
+mod trials;
+mod turn;
 mod usage;
 
 pub use backup::open_repository;
@@ -35,6 +38,8 @@ pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
-pub use request::{BackupRequest, Check, Export, Exported, FailoverAction, Line, Progress, Protect, Request};
+pub use request::{
+    BackupRequest, Check, Export, Exported, FailoverRequest, Line, Progress, Protect, Request, Reverse,
+};
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

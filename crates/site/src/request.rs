@@ -103,15 +103,8 @@ pub enum Request {
         /// Of one VM only.
         vm: Option<VmName>,
     },
-    /// Failover of a replica.
-    Failover {
-        /// What is to be done.
-        action: FailoverAction,
-        /// The VM.
-        vm: VmName,
-        /// The point; the newest if none is given.
-        point: Option<LogId>,
-    },
+    /// Failover.
+    Failover(FailoverRequest),
     /// Moves a replica's storage to another folder.
     Migrate {
         /// The VM.
@@ -127,13 +120,73 @@ pub enum Request {
 }
 
 /// What to do in a failover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum FailoverAction {
+pub enum FailoverRequest {
+    /// Begins a test failover, beside everything else.
+    Test {
+        /// The VM.
+        vm: VmName,
+        /// The point; the newest if none is given.
+        point: Option<LogId>,
+        /// A VM is started from it.
+        start: bool,
+    },
+    /// Ends a test failover.
+    EndTest {
+        /// The test.
+        test: String,
+    },
+    /// The test failovers there are.
+    Tests {
+        /// Of one VM only.
+        vm: Option<VmName>,
+    },
+    /// At the primary's site: gives a VM that is off to its replica's site, with everything.
+    Planned {
+        /// The VM.
+        vm: VmName,
+        /// The guest is asked to shut down, and waited for so many seconds.
+        shut_down_s: Option<u64>,
+    },
     /// Starts from the replica without the primary.
-    Unplanned,
+    Unplanned {
+        /// The VM.
+        vm: VmName,
+        /// The point; the newest if none is given.
+        point: Option<LogId>,
+    },
     /// Goes back to replicating; what was written since is dropped.
-    Cancel,
+    Cancel {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Makes it final.
+    Complete {
+        /// The VM.
+        vm: VmName,
+        /// The monitor of the QEMU that runs it here.
+        qmp: Option<PathBuf>,
+    },
+    /// Replicates the other way.
+    Reverse(Box<Reverse>),
+}
+
+/// A VM that was failed over to this site is to be replicated from here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reverse {
+    /// The VM.
+    pub vm: VmName,
+    /// The monitor of the QEMU that runs it here.
+    pub qmp: PathBuf,
+    /// The socket of an NBD server that QEMU has already.
+    pub nbd: Option<PathBuf>,
+    /// The peer; the one that it was replicated from if none is named.
+    pub to: Option<String>,
+    /// The interval in seconds; as before if none is given.
+    pub every_s: Option<u64>,
+    /// The guest agent's socket.
+    pub guest_agent: Option<PathBuf>,
 }
 
 /// How a VM is to be protected.

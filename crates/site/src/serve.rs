@@ -23,6 +23,8 @@ use crate::exports::Exports;
 use crate::failure::{Code, Failure};
 use crate::jobs::Jobs;
 use crate::peers::Peers;
+use crate::trials::Trials;
+use crate::turn::Turns;
 
 /// Runs the site in `dir` until SIGTERM or SIGINT. `ready` is told the address once it takes requests.
 pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Result<(), Failure> {
@@ -41,22 +43,29 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     let identity = Identity::load(dir).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
     let stop = CancellationToken::new();
     let site = open(dir, config, &identity, &stop).await?;
+    site.take_up_failovers().await;
     site.primary.start()?;
     site.jobs.start()?;
 
-    let endpoint = Arc::new(SiteEndpoint::new(&site));
+    let endpoint = Arc::new(SiteEndpoint::new(site.clone()));
     let served = tokio::spawn({
         let (stop, router) = (stop.clone(), wire::router(endpoint));
         async move { wire::serve(listener, &identity, router, stop.cancelled_owned()).await }
     });
     let controlled = tokio::spawn(control::serve(commands, site.clone(), stop.clone()));
     let exported = tokio::spawn(site.exports.serve(stop.clone()));
+    let scheduled = tokio::spawn({
+        let (site, stop) = (site.clone(), stop.clone());
+        async move { site.checks.run_scheduled(&site.store, stop).await }
+    });
     ready(&address);
     tracing::info!(%address, "the site is running");
     wait_for_signal().await?;
     tracing::info!("the site is stopping");
     stop.cancel();
+    scheduled.abort(); // its QEMU goes with it
     site.primary.shutdown().await;
+    site.trials.end_all().await;
     // Callers that wait have been told by now; a connection that does not end must not keep us.
     let _ =
         tokio::time::timeout(Duration::from_secs(10), async { tokio::join!(served, controlled, exported) })
@@ -93,7 +102,19 @@ async fn open(
     let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
     let exports = Arc::new(exports);
     let checks = Checks::open(dir, config.boot.clone(), checked, exports.clone(), events.clone())?;
-    Ok(Arc::new(Site { config, peers, events, primary, store, jobs, exports, checks }))
+    let trials = Trials::open(dir.join("run/tests"), exports.clone())?;
+    Ok(Arc::new(Site {
+        config,
+        peers,
+        events,
+        primary,
+        store,
+        jobs,
+        exports,
+        checks,
+        turns: Turns::default(),
+        trials,
+    }))
 }
 
 /// A folder of the site, made if it is not there.

@@ -18,8 +18,8 @@ use crate::invite::Invite;
 use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
-    DigestRequest, ErrorBody, Introduction, Offer, RelationshipStatus, Report, SiteInfo, UploadState,
-    check_site_name, tidy,
+    DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, Offer, RelationshipStatus, Report,
+    SiteInfo, UploadState, check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
 use crate::tls;
@@ -145,6 +145,15 @@ impl Client {
     /// Tells that the VM is no longer protected from here.
     pub async fn withdraw(&self, vm: VmId) -> Result<()> {
         self.ask(Question::new(Method::DELETE, relationship(vm), "withdraw")).await.map(drop)
+    }
+
+    /// Gives a VM that is off to the replica's site.
+    pub async fn hand_over(&self, vm: VmId, newest: &HandOver) -> Result<HandedOver> {
+        let path = format!("{}/hand-over", relationship(vm));
+        let mut handed: HandedOver =
+            self.ask_json(Question::new(Method::POST, path, "hand over").json(newest)?).await?;
+        handed.tidy();
+        Ok(handed)
     }
 
     /// The digests of a stretch of a disk in the replica's newest state.

@@ -8,7 +8,9 @@ use model::{LogId, LogNumber, VmId};
 
 use crate::identity::Fingerprint;
 use crate::invite::Secret;
-use crate::messages::{DigestRequest, Offer, Refused, RelationshipStatus, Report, SiteInfo, UploadState};
+use crate::messages::{
+    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, UploadState,
+};
 
 /// Another site that this one trusts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +100,14 @@ pub trait Endpoint: Send + Sync + 'static {
 
     /// A primary no longer protects the VM. What is here stays until a person removes it.
     fn withdraw(&self, peer: &Peer, vm: VmId) -> impl Future<Output = Result<(), Refused>> + Send;
+
+    /// A primary whose VM is off gives it to this site: from now on it runs here. Asked again, the answer is the same.
+    fn hand_over(
+        &self,
+        peer: &Peer,
+        vm: VmId,
+        newest: HandOver,
+    ) -> impl Future<Output = Result<HandedOver, Refused>> + Send;
 
     /// How much of a log is here. A log of which nothing is here yet has offset 0; one that is durable says
     /// so, for as long as it is the newest.

@@ -14,7 +14,7 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, Introduction, Offer, Refused, RefusedClass, Report, check_site_name, codes,
+    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, check_site_name, codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
 
@@ -80,6 +80,14 @@ pub(crate) async fn report<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answe
     report.tidy();
     call.site.endpoint.report(call.peer()?, vm, report).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// `POST /v1/relationships/{vm}/hand-over`
+pub(crate) async fn hand_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let vm = call.id("vm")?;
+    let newest: HandOver = read_json(body, &call.site.limits).await?;
+    let handed = call.site.endpoint.hand_over(call.peer()?, vm, newest).await?;
+    Ok(json(StatusCode::OK, &handed))
 }
 
 /// `POST /v1/relationships/{vm}/digests`

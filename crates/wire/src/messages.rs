@@ -26,6 +26,13 @@ pub struct Offer {
     pub error: Option<String>,
     /// A person has paused it.
     pub paused: bool,
+    /// How often the VM has changed its site for good, and one more.
+    #[serde(default = "first_generation")]
+    pub generation: u64,
+}
+
+const fn first_generation() -> u64 {
+    1
 }
 
 /// Disks of one VM; as many as a log can name.
@@ -99,7 +106,7 @@ fn tidy_phase(phase: &mut Phase) {
             | ResyncReason::DiskResized(text)
             | ResyncReason::DisksChanged(text)
             | ResyncReason::ChainBroken(text) => tidy(text),
-            ResyncReason::Requested => {}
+            ResyncReason::Requested | ResyncReason::Reversed => {}
         }
     }
 }
@@ -136,6 +143,39 @@ pub struct Report {
     pub error: Option<String>,
     /// A person has paused it.
     pub paused: bool,
+}
+
+/// A primary whose VM is off gives it to the replica's site: everything is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The number of the newest log, whose point the VM is to be started from.
+    pub number: LogNumber,
+    /// Its id.
+    pub id: LogId,
+}
+
+/// What a VM that was handed over is to be started from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// Its disks.
+    pub disks: Vec<HandedOverDisk>,
+}
+
+/// A disk at the site that took a VM over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOverDisk {
+    /// Its name.
+    pub name: DiskName,
+    /// Its qcow2 file there.
+    pub path: String,
+}
+
+impl HandedOver {
+    /// Makes the texts in it fit to be shown.
+    pub(crate) fn tidy(&mut self) {
+        self.disks.truncate(DISKS_MAX);
+        self.disks.iter_mut().for_each(|disk| tidy(&mut disk.path));
+    }
 }
 
 /// Asks for the digests of the blocks of a stretch of a disk, in the replica's newest state.

@@ -25,7 +25,7 @@ use crate::attempts::{Attempts, Verdict};
 use crate::body::drain;
 use crate::doors::{Place, network};
 use crate::endpoint::{ClientIdentity, Endpoint, Peer, WireEvent};
-use crate::handlers::{accept_invite, append, digests, offer, report, upload_state, withdraw};
+use crate::handlers::{accept_invite, append, digests, hand_over, offer, report, upload_state, withdraw};
 use crate::identity::Fingerprint;
 use crate::limits::Limits;
 use crate::locks::VmLocks;
@@ -63,6 +63,10 @@ pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
         .route(
             "/v1/relationships/{vm}/report",
             post(|site: Of<E>, r| answer(site.0, "report", Peers, r, report)),
+        )
+        .route(
+            "/v1/relationships/{vm}/hand-over",
+            post(|site: Of<E>, r| answer(site.0, "hand-over", Peers, r, hand_over)),
         )
         .route(
             "/v1/relationships/{vm}/digests",

@@ -8,7 +8,9 @@ use common::memory::{MemoryInvite, make_log, site};
 use common::raw::{self, RawIdentity};
 use common::{Running, identity, log_id, noise, offer, pair, upload, vm};
 use model::{DiskName, LogId, LogNumber, Phase, Timestamp};
-use wire::{Client, DigestRequest, ErrorKind, Invite, Report, Secret, Uploader, block_digest, codes};
+use wire::{
+    Client, DigestRequest, ErrorKind, HandOver, Invite, Report, Secret, Uploader, block_digest, codes,
+};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -36,9 +38,15 @@ async fn peers_agree_on_a_relationship_and_compare_disks() {
     let expected: Vec<_> = disk[65_536..].chunks(65_536).map(block_digest).collect();
     assert_eq!(digests, expected);
 
+    let newest = HandOver { number: LogNumber::ZERO, id: LogId::NONE };
+    let handed = client.hand_over(vm(1), &newest).await.unwrap();
+    assert_eq!(handed.disks.len(), offer(vm(1)).disks.len());
+
     client.withdraw(vm(1)).await.unwrap();
     assert!(server.site.state().vms[&vm(1)].withdrawn);
     assert!(server.site.events().is_empty());
+    let other = HandOver { number: LogNumber(7), ..newest };
+    assert_eq!(client.hand_over(vm(1), &other).await.unwrap_err().kind(), ErrorKind::Refused);
 }
 
 #[tokio::test]

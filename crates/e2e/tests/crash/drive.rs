@@ -67,6 +67,8 @@ pub enum Drive {
     RemovePeer,
     /// Hours go by: points are dropped, logs merged. By itself in `crash_matrix.rs`.
     Hours,
+    /// The VM changes its site for good. By itself in `crash_matrix.rs`.
+    Move,
     /// A site is made. By itself in `crash_matrix.rs`.
     Init,
     /// A backup is restored, in a process of its own.
@@ -111,6 +113,7 @@ impl Drive {
             Admit | Accept => "peer accept",
             RemovePeer => "peer remove",
             Hours => "an hour ends",
+            Move => "a failover, completed and reversed",
             Init => "init",
             Restore => "restore",
             RestoreVhdx => "restore --format vhdx",
@@ -242,7 +245,8 @@ impl Drive {
                 order(branch, &["peer", "accept", invite["invite"].as_str().unwrap_or_default()])
             }
             RemovePeer => order(head, &["peer", "remove", "branch"]),
-            Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | Hours | Init | Restore | RestoreVhdx => {
+            Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | Hours | Move | Init | Restore
+            | RestoreVhdx => {
                 return Ok(None);
             }
         }

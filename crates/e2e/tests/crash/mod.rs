@@ -3,11 +3,13 @@
 mod check;
 mod drive;
 mod hours;
+mod moves;
 mod pair;
 mod plan;
 
 pub use check::Expect;
 pub use drive::{Drive, await_death};
 pub use hours::Hours;
+pub use moves::crash as crash_move;
 pub use pair::{Pair, Side};
 pub use plan::{Case, cases};

@@ -11,8 +11,8 @@ use http_body_util::BodyExt;
 use model::{LogId, LogNumber, Phase, VmId};
 use tower::ServiceExt;
 use wire::{
-    ClientIdentity, DigestRequest, Endpoint, Fingerprint, Newcomer, Offer, Peer, Refused, RefusedClass,
-    RelationshipStatus, Report, SiteInfo, UploadState, WireEvent, check_site_name,
+    ClientIdentity, DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, Newcomer, Offer, Peer,
+    Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, UploadState, WireEvent, check_site_name,
 };
 
 use crate::stream::block_on;
@@ -55,6 +55,7 @@ fn request(which: u8, parts: u8, body: &[u8]) -> Request<Body> {
         1 => (Method::PUT, format!("/v1/relationships/{vm}")),
         2 => (Method::DELETE, format!("/v1/relationships/{vm}")),
         3 => (Method::POST, format!("/v1/relationships/{vm}/report")),
+        4 if parts & 64 != 0 => (Method::POST, format!("/v1/relationships/{vm}/hand-over")),
         4 => (Method::POST, format!("/v1/relationships/{vm}/digests")),
         5 => (Method::GET, format!("/v1/relationships/{vm}/logs/{number}/{id}")),
         6 => (Method::PATCH, format!("/v1/relationships/{vm}/logs/{number}/{id}?{query}")),
@@ -102,6 +103,10 @@ impl Endpoint for Stub {
 
     async fn withdraw(&self, _peer: &Peer, _vm: VmId) -> Result<(), Refused> {
         Ok(())
+    }
+
+    async fn hand_over(&self, _peer: &Peer, _vm: VmId, _newest: HandOver) -> Result<HandedOver, Refused> {
+        Ok(HandedOver { disks: Vec::new() })
     }
 
     async fn upload_state(

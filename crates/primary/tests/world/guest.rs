@@ -28,6 +28,10 @@ pub struct Vm {
     pub moments: BTreeMap<Timestamp, Vec<Vec<u8>>>,
     /// Why the guest cannot be brought to rest, if it cannot.
     pub restless: Option<String>,
+    /// Its processors stand still.
+    pub quiet: bool,
+    /// It shuts down when it is asked to.
+    pub obeys: bool,
 }
 
 pub struct SimDisk {
@@ -51,6 +55,7 @@ impl Vm {
                 node: format!("node{i}"),
                 name: format!("vd{i}").parse().unwrap(),
                 size_bytes: size as u64,
+                image: None,
             },
             data: vec![0; size],
             bitmaps: BTreeMap::new(),
@@ -62,6 +67,8 @@ impl Vm {
             captures: 0,
             moments: BTreeMap::new(),
             restless: None,
+            quiet: false,
+            obeys: true,
         }
     }
 
@@ -173,6 +180,23 @@ impl ports::Guest for Guest {
         let disks = self.disks().await?;
         assert!(disks.iter().map(|disk| &disk.node).eq(nodes));
         Ok(disks)
+    }
+
+    async fn is_quiet(&self) -> Result<bool, Failure> {
+        self.alive()?;
+        Ok(self.world.lock().vm.quiet)
+    }
+
+    async fn power_down(&self) -> Result<(), Failure> {
+        self.alive()?;
+        let vm = &mut self.world.lock().vm;
+        vm.quiet = vm.obeys;
+        Ok(())
+    }
+
+    async fn quit(&self) -> Result<(), Failure> {
+        self.world.lock().vm.restart();
+        Ok(())
     }
 
     async fn definition(&self) -> Result<Value, Failure> {

@@ -9,7 +9,9 @@ use bytes::Bytes;
 use log::RecordReader;
 use model::{Head, Phase, Progress, VmId};
 use primary::Failure;
-use primary::ports::{self, DigestRequest, LogUpload, Offer, RelationshipStatus, Remote, Report};
+use primary::ports::{
+    self, DigestRequest, HandOver, HandedOver, LogUpload, Offer, RelationshipStatus, Remote, Report,
+};
 use tokio::sync::Notify;
 
 use super::{World, broken};
@@ -34,6 +36,7 @@ pub struct Replica {
     pub logs: Vec<Vec<u8>>,
     pub reported: Vec<Report>,
     pub withdrawn: bool,
+    pub handed_over: bool,
     pub digests_asked: u64,
     pub fault: Option<Fault>,
     /// Told when an upload hangs.
@@ -49,6 +52,7 @@ impl Default for Replica {
             logs: Vec::new(),
             reported: Vec::new(),
             withdrawn: false,
+            handed_over: false,
             digests_asked: 0,
             fault: None,
             hangs: Arc::default(),
@@ -118,6 +122,13 @@ impl Remote for Link {
     async fn withdraw(&self, _vm: VmId) -> Result<(), Failure> {
         self.0.lock().replica.withdrawn = true;
         Ok(())
+    }
+
+    async fn hand_over(&self, _vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
+        let mut world = self.0.lock();
+        assert_eq!(world.replica.durable, Head { number: newest.number, id: newest.id });
+        world.replica.handed_over = true;
+        Ok(HandedOver { disks: Vec::new() })
     }
 
     async fn digests(&self, _vm: VmId, request: &DigestRequest) -> Result<Vec<[u8; 16]>, Failure> {

@@ -1,6 +1,7 @@
 //! A primary in miniature: disks as byte arrays, real logs of what was written to them, a real store.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod bench;
 pub mod memory;
 
 use std::collections::BTreeMap;
@@ -111,6 +112,7 @@ impl Primary {
             definition: serde_json::json!({"memory": 512}),
             phase: self.phase.clone(),
             paused: false,
+            generation: 1,
         }
     }
 
@@ -264,6 +266,10 @@ impl Site {
         loop {
             match self.store.maintain(vm).unwrap() {
                 Step::Idle => return steps,
+                Step::Released => {
+                    steps.push(Step::Released);
+                    return steps;
+                }
                 step => steps.push(step),
             }
         }

@@ -98,7 +98,7 @@ fn change(
 
 fn known(machine: &Machine, disk: usize) -> KnownDisk {
     let name = machine.name(disk).clone();
-    KnownDisk { node: name.to_string(), name, size_bytes: machine.bytes(disk) }
+    KnownDisk { node: name.to_string(), name, size_bytes: machine.bytes(disk), image: None }
 }
 
 impl Guest for SimGuest {
@@ -122,6 +122,18 @@ impl Guest for SimGuest {
             nodes.iter().map(find).collect()
         })
         .await
+    }
+
+    async fn is_quiet(&self) -> Result<bool, Failure> {
+        Ok(false) // its guest never rests
+    }
+
+    async fn power_down(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    async fn quit(&self) -> Result<(), Failure> {
+        Ok(())
     }
 
     async fn definition(&self) -> Result<serde_json::Value, Failure> {

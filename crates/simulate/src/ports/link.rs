@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use model::{Head, VmId};
-use primary::ports::{DigestRequest, LogUpload, Offer, RelationshipStatus, Remote, Report, Upload};
+use primary::ports::{
+    DigestRequest, HandOver, HandedOver, LogUpload, Offer, RelationshipStatus, Remote, Report, Upload,
+};
 use primary::{Failure, FailureCode};
 use replica::{DiskSize, Store, UploadState};
 
@@ -211,6 +213,7 @@ fn to_store(offer: &Offer) -> replica::Offer {
         definition: offer.definition.clone(),
         phase: offer.phase.clone(),
         paused: offer.paused,
+        generation: offer.generation,
     }
 }
 
@@ -237,6 +240,12 @@ impl Remote for SimRemote {
 
     async fn withdraw(&self, vm: VmId) -> Result<(), Failure> {
         self.call(Arc::new(move |store| store.withdraw(PRIMARY, vm))).await
+    }
+
+    async fn hand_over(&self, vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
+        let newest = Head { number: newest.number, id: newest.id };
+        self.call(Arc::new(move |store| store.hand_over(PRIMARY, vm, newest))).await?;
+        Ok(HandedOver { disks: Vec::new() })
     }
 
     async fn digests(&self, vm: VmId, request: &DigestRequest) -> Result<Vec<[u8; 16]>, Failure> {

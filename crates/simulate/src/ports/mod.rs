@@ -63,6 +63,10 @@ impl Ports for SimPorts {
         Ok(SimGuest { vm: machine, process, ports: self.clone() })
     }
 
+    async fn is_off(&self, _settings: &Settings) -> bool {
+        false
+    }
+
     fn remote(&self, peer: &str) -> Option<SimRemote> {
         let known = peer == PEER && self.line.lock().trust != Trust::Unknown;
         known.then(|| SimRemote { ports: self.clone() })

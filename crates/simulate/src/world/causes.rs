@@ -39,6 +39,7 @@ impl World {
             // not be removed either: the next start takes it in.
             ResyncReason::ChainBroken(_) => late || lost || self.storage_failed,
             ResyncReason::Requested => causes.asked,
+            ResyncReason::Reversed => false, // nobody fails over for good here
         };
         if true_reason {
             Ok(())

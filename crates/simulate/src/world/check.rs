@@ -84,6 +84,27 @@ fn holes(data: &[std::ops::Range<u64>], size_bytes: u64) -> Vec<std::ops::Range<
     ends.zip(starts).filter(|(end, start)| end < start).map(|(end, start)| end..start).collect()
 }
 
+/// What lies below a failed-over VM's layers is the point that it was failed over to.
+pub(super) fn check_failover(store: &Store, vm: VmId, moment: &Moment, may_lose: bool) -> Checked {
+    let read = || {
+        let view = store.failover_view(vm)?;
+        let disks = view.disks().into_iter().map(|disk| {
+            let mut bytes = vec![0; usize::try_from(disk.size_bytes).unwrap_or(0)];
+            view.read_at(&disk.name, 0, &mut bytes).map(|()| (disk, bytes))
+        });
+        disks.collect::<replica::Result<Vec<_>>>()
+    };
+    match read() {
+        Ok(disks) => disks.into_iter().try_for_each(|(disk, bytes)| {
+            let path = PathBuf::from(disk.name.as_str());
+            flat_equals(&disk.name, &Ok(bytes), disk.size_bytes, moment)
+                .or_else(|what| wrong(format!("{} below a failover: {what}", path.display())))
+        }),
+        Err(_) if may_lose => Ok(()),
+        Err(error) => wrong(format!("what lies below a failover cannot be read: {error}")),
+    }
+}
+
 /// A flat file reads as the disk was.
 pub(super) fn flat_equals(
     name: &DiskName,

@@ -37,8 +37,6 @@ pub(super) enum Watch {
     Apply,
     /// Files are moved.
     Move,
-    /// Logs are folded in for a failover.
-    Failover,
 }
 
 /// Who reads; clones share it.

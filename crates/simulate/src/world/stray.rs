@@ -37,7 +37,7 @@ impl World {
     ) -> (Header, Vec<u8>) {
         let fitting = match phase {
             Phase::InitialReplication { .. } => Purpose::Initial,
-            Phase::Replicating | Phase::Failover { .. } => Purpose::Changes,
+            Phase::Replicating | Phase::Failover { .. } | Phase::FailedOver => Purpose::Changes,
             Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. } => Purpose::Resync,
         };
         let wrong_purpose = if fitting == Purpose::Changes { Purpose::Initial } else { Purpose::Changes };

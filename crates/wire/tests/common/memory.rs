@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, Timestamp, VmId};
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, Newcomer, Offer, Peer, Refused, RefusedClass, RelationshipStatus,
-    Report, SecretHash, SiteInfo, UploadState, WireEvent, block_digest, codes,
+    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, OfferedDisk,
+    Peer, Refused, RefusedClass, RelationshipStatus, Report, SecretHash, SiteInfo, UploadState, WireEvent,
+    block_digest, codes,
 };
 
 /// What happens between a log's bytes being taken and the answer.
@@ -209,6 +210,17 @@ impl Endpoint for MemorySite {
     async fn withdraw(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
         self.state().vm(peer, vm)?.withdrawn = true;
         Ok(())
+    }
+
+    async fn hand_over(&self, peer: &Peer, vm: VmId, newest: HandOver) -> Result<HandedOver, Refused> {
+        let mut state = self.state();
+        let vm = state.vm(peer, vm)?;
+        if vm.head() != (newest.number, newest.id) {
+            return Err(Refused::new(RefusedClass::Conflict, "wrong-number", "another log is the newest"));
+        }
+        let path =
+            |disk: &OfferedDisk| HandedOverDisk { name: disk.name.clone(), path: format!("/{}", disk.name) };
+        Ok(HandedOver { disks: vm.offer.disks.iter().map(path).collect() })
     }
 
     async fn upload_state(

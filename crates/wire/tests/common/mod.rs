@@ -115,6 +115,7 @@ pub fn offer(vm: VmId) -> Offer {
         phase: Phase::Replicating,
         error: None,
         paused: false,
+        generation: 1,
     }
 }
 

@@ -1,0 +1,105 @@
+//! The command `failover`: what is asked for, and what there is to say of it.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+use site::{FailoverRequest, Failure};
+
+use crate::absolute;
+use crate::args::Failover;
+use crate::show::{list, moment, relationships, text};
+
+/// What is asked of the site.
+pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
+    Ok(match failover {
+        Failover::Test { vm, point, disks_only } => {
+            FailoverRequest::Test { vm: vm.clone(), point: *point, start: !disks_only }
+        }
+        Failover::EndTest { test } => FailoverRequest::EndTest { test: test.clone() },
+        Failover::Tests { vm } => FailoverRequest::Tests { vm: vm.clone() },
+        Failover::Planned { vm, shutdown } => FailoverRequest::Planned {
+            vm: vm.clone(),
+            shut_down_s: shutdown.map(|patience| patience.as_secs().max(1)),
+        },
+        Failover::Unplanned { vm, point } => FailoverRequest::Unplanned { vm: vm.clone(), point: *point },
+        Failover::Cancel { vm } => FailoverRequest::Cancel { vm: vm.clone() },
+        Failover::Complete { vm, qmp } => {
+            FailoverRequest::Complete { vm: vm.clone(), qmp: qmp.as_deref().map(absolute).transpose()? }
+        }
+        Failover::Reverse { vm, qmp, nbd, to, every, guest_agent } => {
+            FailoverRequest::Reverse(Box::new(site::Reverse {
+                vm: vm.clone(),
+                qmp: absolute(qmp)?,
+                nbd: nbd.as_deref().map(absolute).transpose()?,
+                to: to.clone(),
+                every_s: every.map(|every| every.as_secs()),
+                guest_agent: guest_agent.as_deref().map(absolute).transpose()?,
+            }))
+        }
+    })
+}
+
+/// What came of it, for a person.
+pub fn shown(request: &FailoverRequest, answer: &Value) -> String {
+    match request {
+        FailoverRequest::Test { .. } => format!(
+            "{}\n'afterimage failover end-test {}' ends it; nothing of it stays.",
+            test(answer),
+            text(&answer["test"])
+        ),
+        FailoverRequest::EndTest { test } => format!("The test failover {test} is ended."),
+        FailoverRequest::Tests { .. } => {
+            let tests: Vec<String> = list(&answer["tests"]).iter().map(test).collect();
+            if tests.is_empty() { "No test failover is open.".into() } else { tests.join("\n\n") }
+        }
+        FailoverRequest::Unplanned { vm, .. } => format!(
+            "Start the VM with these disks (the point of {}):\n{}\n\
+             The replica takes no logs now. 'afterimage failover cancel {vm}' goes back, and drops what is written meanwhile;\n\
+             'afterimage failover complete {vm}' makes it final. Until then every recovery point stays.",
+            moment(&answer["taken_at"]),
+            disks(answer)
+        ),
+        FailoverRequest::Planned { vm, .. } => format!(
+            "{vm} is off here, and everything is at {} (the point of {}). Start it there with these disks:\n{}\n\
+             When it runs, 'afterimage failover reverse {vm} --qmp SOCKET' there replicates it back to here.",
+            text(&answer["site"]),
+            moment(&answer["taken_at"]),
+            disks(answer)
+        ),
+        FailoverRequest::Complete { vm, .. } if answer["released"] == true => {
+            format!("The failover of {vm} is final, and its disks need nothing of Afterimage any more.")
+        }
+        FailoverRequest::Complete { vm, .. } => format!(
+            "The failover of {vm} is final. Its logs are being folded in; after that its disks need nothing of Afterimage\n\
+             any more as soon as the VM is started anew, or at once with '--qmp SOCKET'. 'afterimage status {vm}' tells."
+        ),
+        FailoverRequest::Cancel { .. } | FailoverRequest::Reverse(_) => {
+            relationships(std::slice::from_ref(answer))
+        }
+    }
+}
+
+fn test(answer: &Value) -> String {
+    let cell = |key: &str| text(&answer[key]);
+    let mut shown = format!("Test failover {} of {} (point {}):", cell("test"), cell("vm"), cell("point"));
+    for disk in list(&answer["disks"]) {
+        let _ = write!(shown, "\n  {}  {}", text(&disk["name"]), text(&disk["uri"]));
+    }
+    match (answer["running"].as_bool(), answer["vnc"].as_str()) {
+        (Some(true), Some(vnc)) => {
+            drop(write!(shown, "\n  it runs, without a network; its screen: vnc+unix://{vnc}"))
+        }
+        (Some(true), None) => shown.push_str("\n  it runs, without a network"),
+        (_, Some(_)) => shown.push_str("\n  its QEMU has ended"),
+        _ => {}
+    }
+    shown
+}
+
+fn disks(answer: &Value) -> String {
+    let mut shown = String::new();
+    for disk in list(&answer["disks"]) {
+        let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), text(&disk["path"]));
+    }
+    shown
+}

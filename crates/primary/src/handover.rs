@@ -1,0 +1,131 @@
+//! A VM changes its site: given to its replica's site with everything, or taken over from it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::{Head, Phase, Progress, ResyncReason, Shipped, VmId};
+use steps::durable_step;
+use tokio::time::Instant;
+use wire::{HandOver, HandedOver};
+
+use crate::ProtectRequest;
+use crate::error::{Error, Failure, FailureCode};
+use crate::ports::{Guest, Ports, Remote};
+use crate::protect::{check_settings, find_disks};
+use crate::relationship::{Relationship, Shared};
+use crate::rows::{self, Protected};
+
+/// How often a guest that was asked to shut down is looked at.
+const LOOK: Duration = Duration::from_millis(250);
+
+impl<P: Ports> Relationship<P> {
+    /// Gives the VM to its replica's site: the last changes are sent, the replica is failed over to them, QEMU ends.
+    /// The guest must be off; with `shut_down` it is asked to be, and waited for that long. Nothing is lost: until the
+    /// replica's site has said that it has taken over, the VM is this site's, and can be started again. Asked again, it
+    /// goes on where it was cut off.
+    pub async fn hand_over(&mut self, shut_down: Option<Duration>) -> Result<HandedOver, Failure> {
+        if self.row.phase != Phase::FailedOver {
+            self.bring_to_rest(shut_down).await?;
+            self.sync().await?;
+            // What changed while the last cycle ran would be lost: it has to be off after that, too.
+            self.check_quiet().await?;
+        }
+        let Head { number, id } = self.row.shipped.acked;
+        let handed = self.remote()?.hand_over(self.row.vm, &HandOver { number, id }).await?;
+        self.row.phase = Phase::FailedOver;
+        durable_step("primary::handover::saving");
+        self.row.save(&self.shared.catalog).await?;
+        durable_step("primary::handover::saved");
+        if let Ok(guest) = self.connect_guest().await {
+            guest.quit().await?;
+        }
+        Ok(handed)
+    }
+
+    async fn bring_to_rest(&mut self, shut_down: Option<Duration>) -> Result<(), Failure> {
+        let guest = self.connect_guest().await?;
+        if guest.is_quiet().await? {
+            return Ok(());
+        }
+        let Some(patience) = shut_down else { return self.check_quiet().await };
+        guest.power_down().await?;
+        let asked = Instant::now();
+        while asked.elapsed() < patience {
+            if guest.is_quiet().await? {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        let name = &self.row.name;
+        let message = format!(
+            "the guest of {name} was asked to shut down and still runs after {} s; shut it down from within and try again",
+            patience.as_secs()
+        );
+        Err(Failure::transient(FailureCode::Qemu, message))
+    }
+
+    async fn check_quiet(&mut self) -> Result<(), Failure> {
+        if self.connect_guest().await?.is_quiet().await? {
+            return Ok(());
+        }
+        let message = format!(
+            "{} runs: a planned failover is of a VM that is off. Add '--shutdown', or shut it down with QEMU kept ('-no-shutdown', or 'set-action' in its monitor) and try again",
+            self.row.name
+        );
+        Err(Failure::transient(FailureCode::Qemu, message))
+    }
+
+    /// Whether the VM is off: nobody is at its monitor.
+    pub async fn is_off(&self) -> bool {
+        self.shared.ports.is_off(&self.row.settings).await
+    }
+
+    /// Begins to protect a VM that was failed over to this site, under the id that it has always had: both sides are
+    /// compared, and what differs is sent.
+    pub async fn take_over(
+        shared: &Arc<Shared<P>>,
+        request: ProtectRequest,
+        vm: VmId,
+        generation: u64,
+    ) -> Result<Self, Error> {
+        let ProtectRequest { name, settings } = request;
+        check_settings(&settings, shared.config.interval_min_s)?;
+        if rows::is_known(&shared.catalog, &name)? {
+            return Err(Error::Exists(name));
+        }
+        let mut row = Protected::first(vm, name, settings, shared.now());
+        row.generation = generation;
+        row.phase = Phase::ResyncRequired { why: ResyncReason::Reversed };
+        row.disks = find_disks(&row, &shared.ports).await?;
+        durable_step("primary::takeover::saving");
+        row.save(&shared.catalog).await?;
+        durable_step("primary::takeover::saved");
+        Ok(Self::new(row, shared.clone()))
+    }
+}
+
+impl Protected {
+    /// What is known of a VM before its first cycle.
+    pub(crate) fn first(
+        vm: VmId,
+        name: model::VmName,
+        settings: rows::Settings,
+        now: model::Timestamp,
+    ) -> Self {
+        Self {
+            vm,
+            name,
+            settings,
+            disks: Vec::new(),
+            phase: Phase::InitialReplication { progress: Progress { covered_bytes: 0, total_bytes: 0 } },
+            paused: false,
+            shipped: Shipped::NOTHING,
+            made_at: now,
+            point_at: None,
+            app_at: None,
+            failures: 0,
+            error: None,
+            generation: 1,
+        }
+    }
+}
