@@ -24,14 +24,16 @@ impl<P: Ports> Relationship<P> {
     /// replica's site has said that it has taken over, the VM is this site's, and can be started again. Asked again, it
     /// goes on where it was cut off.
     pub async fn hand_over(&mut self, shut_down: Option<Duration>) -> Result<HandedOver, Failure> {
-        if self.row.phase != Phase::FailedOver {
-            self.bring_to_rest(shut_down).await?;
-            self.sync().await?;
-            // What changed while the last cycle ran would be lost: it has to be off after that, too.
-            self.check_quiet().await?;
-        }
-        let Head { number, id } = self.row.shipped.acked;
-        let handed = self.remote()?.hand_over(self.row.vm, &HandOver { number, id }).await?;
+        let handed = match self.handed_over_before().await? {
+            Some(handed) => handed,
+            None => {
+                self.bring_to_rest(shut_down).await?;
+                self.sync().await?;
+                // What changed while the last cycle ran would be lost: it has to be off after that, too.
+                self.check_quiet().await?;
+                self.ask_to_take_over(false).await?
+            }
+        };
         self.row.phase = Phase::FailedOver;
         durable_step("primary::handover::saving");
         self.row.save(&self.shared.catalog).await?;
@@ -40,6 +42,23 @@ impl<P: Ports> Relationship<P> {
             guest.quit().await?;
         }
         Ok(handed)
+    }
+
+    /// Whether it was handed over already: the answer may have been lost, or this site died before it wrote it down.
+    async fn handed_over_before(&self) -> Result<Option<HandedOver>, Failure> {
+        if self.row.shipped.acked == Head::EMPTY {
+            return Ok(None);
+        }
+        match self.ask_to_take_over(true).await {
+            Ok(handed) => Ok(Some(handed)),
+            Err(failure) if failure.code == FailureCode::Link => Err(failure),
+            Err(_) => Ok(None),
+        }
+    }
+
+    async fn ask_to_take_over(&self, done: bool) -> Result<HandedOver, Failure> {
+        let Head { number, id } = self.row.shipped.acked;
+        self.remote()?.hand_over(self.row.vm, &HandOver { number, id, done }).await
     }
 
     async fn bring_to_rest(&mut self, shut_down: Option<Duration>) -> Result<(), Failure> {

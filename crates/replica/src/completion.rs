@@ -38,8 +38,9 @@ struct Released {
 
 impl Store {
     /// A primary whose VM is off gives it to this site: the replica is failed over to its newest point, for good. Gives
-    /// the disks to start it from; none any more once all of that is at its end.
-    pub fn hand_over(&self, peer: &str, vm: VmId, newest: Head) -> Result<Vec<FailoverDisk>> {
+    /// the disks to start it from; none any more once all of that is at its end. With `done` it only tells whether that
+    /// was done already: then whatever has become of the VM at its primary since is not the VM.
+    pub fn hand_over(&self, peer: &str, vm: VmId, newest: Head, done: bool) -> Result<Vec<FailoverDisk>> {
         let found = match self.vm(vm) {
             Ok(found) => found,
             Err(error) => return if self.fence(vm)?.is_some() { Ok(Vec::new()) } else { Err(error) },
@@ -48,6 +49,11 @@ impl Store {
             let state = found.live()?;
             check_peer(&state, peer)?;
             let doc = &state.row.doc;
+            let completing = doc.failover.as_ref().is_some_and(|failover| failover.completing);
+            if done && !(completing && doc.head == newest) {
+                let message = format!("VM {} was not handed over to this site", state.row.name);
+                return Err(Refused::lasting("not-handed-over", message).into());
+            }
             if doc.head != newest || !state.points.contains_key(&newest.number) {
                 let message = format!(
                     "the newest point of VM {} here is not number {} ({}); replicate it once more, then try again",

@@ -141,15 +141,18 @@ fn a_vm_that_is_off_is_handed_over_with_its_newest_point_alone() {
     let old = bench.primary.head;
     bench.cycle();
     let store = &bench.site.store;
-    let early = store.hand_over(PEER, VM, old).unwrap_err();
+    let early = store.hand_over(PEER, VM, old, false).unwrap_err();
     assert_eq!(early.code(), "wrong-number", "{early}");
-    assert_eq!(store.hand_over("stranger", VM, bench.primary.head).unwrap_err().code(), "forbidden");
-    let disks = store.hand_over(PEER, VM, bench.primary.head).unwrap();
-    assert_eq!(store.hand_over(PEER, VM, bench.primary.head).unwrap(), disks, "asked again, the same");
+    assert_eq!(store.hand_over("stranger", VM, bench.primary.head, false).unwrap_err().code(), "forbidden");
+    let not_yet = store.hand_over(PEER, VM, bench.primary.head, true).unwrap_err();
+    assert_eq!(not_yet.code(), "not-handed-over");
+    let disks = store.hand_over(PEER, VM, bench.primary.head, false).unwrap();
+    assert_eq!(store.hand_over(PEER, VM, bench.primary.head, true).unwrap(), disks, "now it was");
+    assert_eq!(store.hand_over(PEER, VM, bench.primary.head, false).unwrap(), disks, "asked again, the same");
     is_point(&bench, bench.primary.head.number.0);
     bench.site.settle(VM);
     assert_eq!(
-        bench.site.store.hand_over(PEER, VM, bench.primary.head).unwrap(),
+        bench.site.store.hand_over(PEER, VM, bench.primary.head, false).unwrap(),
         [],
         "and when it is at its end"
     );

@@ -180,8 +180,9 @@ impl Endpoint for SiteEndpoint {
 
     async fn hand_over(&self, peer: &Peer, vm: VmId, newest: HandOver) -> Result<HandedOver, Refused> {
         self.check_vm(peer, vm)?;
-        let newest = Head { number: newest.number, id: newest.id };
-        let disks = self.store(peer, move |store, peer| store.hand_over(peer, vm, newest)).await?;
+        let HandOver { number, id, done } = newest;
+        let newest = Head { number, id };
+        let disks = self.store(peer, move |store, peer| store.hand_over(peer, vm, newest, done)).await?;
         if !disks.is_empty() {
             let shown = self.site.exports.show_failover(vm).await;
             shown.map_err(|failure| Refused::new(RefusedClass::Busy, "failover", failure.message))?;

@@ -152,6 +152,9 @@ pub struct HandOver {
     pub number: LogNumber,
     /// Its id.
     pub id: LogId,
+    /// Only asks whether that was done already: an answer may have been lost.
+    #[serde(default)]
+    pub done: bool,
 }
 
 /// What a VM that was handed over is to be started from.

@@ -38,7 +38,7 @@ async fn peers_agree_on_a_relationship_and_compare_disks() {
     let expected: Vec<_> = disk[65_536..].chunks(65_536).map(block_digest).collect();
     assert_eq!(digests, expected);
 
-    let newest = HandOver { number: LogNumber::ZERO, id: LogId::NONE };
+    let newest = HandOver { number: LogNumber::ZERO, id: LogId::NONE, done: false };
     let handed = client.hand_over(vm(1), &newest).await.unwrap();
     assert_eq!(handed.disks.len(), offer(vm(1)).disks.len());
 

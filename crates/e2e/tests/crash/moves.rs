@@ -68,11 +68,8 @@ impl Trip<'_> {
         self.died = true;
         if let Some(seed) = self.power {
             // Whatever runs on the files of a machine goes with it.
-            let images = self
-                .daemon
-                .take()
-                .filter(|_| self.case.side == Side::Head)
-                .map(|daemon| DISKS.map(|(name, _)| (name.to_owned(), daemon.disk(name))));
+            let goes_too = if self.case.side == Side::Head { self.daemon.take() } else { None };
+            let images = goes_too.map(|daemon| DISKS.map(|(name, _)| (name.to_owned(), daemon.disk(name))));
             *self.lost = Some(self.pair.lose_power(self.case.side, seed)?);
             if self.case.side == Side::Branch && self.case.step.starts_with("replica::") {
                 self.pair.quiet();

@@ -8,10 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use log::RecordReader;
 use model::{Head, Phase, Progress, VmId};
-use primary::Failure;
 use primary::ports::{
     self, DigestRequest, HandOver, HandedOver, LogUpload, Offer, RelationshipStatus, Remote, Report,
 };
+use primary::{Failure, FailureCode};
 use tokio::sync::Notify;
 
 use super::{World, broken};
@@ -126,6 +126,9 @@ impl Remote for Link {
 
     async fn hand_over(&self, _vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
         let mut world = self.0.lock();
+        if newest.done && !world.replica.handed_over {
+            return Err(Failure::lasting(FailureCode::ReplicaRefused, "it was not handed over"));
+        }
         assert_eq!(world.replica.durable, Head { number: newest.number, id: newest.id });
         world.replica.handed_over = true;
         Ok(HandedOver { disks: Vec::new() })

@@ -243,8 +243,9 @@ impl Remote for SimRemote {
     }
 
     async fn hand_over(&self, vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
-        let newest = Head { number: newest.number, id: newest.id };
-        self.call(Arc::new(move |store| store.hand_over(PRIMARY, vm, newest))).await?;
+        let HandOver { number, id, done } = *newest;
+        let newest = Head { number, id };
+        self.call(Arc::new(move |store| store.hand_over(PRIMARY, vm, newest, done))).await?;
         Ok(HandedOver { disks: Vec::new() })
     }
 
