@@ -21,6 +21,8 @@ use crate::sign::SignOfLife;
 
 /// How long QEMU may take to open its monitor.
 const MONITOR: Duration = Duration::from_secs(30);
+/// How often it is looked whether it has.
+const STARTING: Duration = Duration::from_millis(20);
 /// How often a sign is looked for.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -81,22 +83,25 @@ impl Instance {
             let said = std::fs::read_to_string(files.errors()).unwrap_or_default();
             Error::Ended { said: format!("{} ({why})", said.trim()) }
         };
-        while !files.qmp().exists() {
-            if let Ok(Some(status)) = child.try_wait() {
+        // Its socket is there a moment before QEMU listens on it.
+        let qmp = loop {
+            let monitor = match files.qmp().exists() {
+                true => Some(Qmp::connect(&files.qmp(), MONITOR).await),
+                false => None,
+            };
+            let error = match monitor {
+                Some(Ok(qmp)) => break qmp,
+                Some(Err(error)) => Some(error),
+                None => None,
+            };
+            // A QEMU that ends closes its monitor first; what it said is the better reason.
+            if let Ok(Ok(status)) = timeout(STARTING, child.wait()).await {
                 return Err(ended(status.to_string()));
             }
             if started.elapsed() > MONITOR {
-                return Err(ended(format!("its monitor did not open within {} s", MONITOR.as_secs())));
+                let why = format!("its monitor did not open within {} s", MONITOR.as_secs());
+                return Err(error.map_or_else(|| ended(why), Into::into));
             }
-            sleep(Duration::from_millis(20)).await;
-        }
-        let qmp = match Qmp::connect(&files.qmp(), MONITOR).await {
-            Ok(qmp) => qmp,
-            // A QEMU that ends closes its monitor first; what it said is the better reason.
-            Err(error) => match timeout(Duration::from_secs(2), child.wait()).await {
-                Ok(Ok(status)) => return Err(ended(status.to_string())),
-                _ => return Err(error.into()),
-            },
         };
         let console = Console::new(&files.console()).map_err(Error::io("make", files.console()))?;
         Ok(Self { child, qmp, console, started, port, dir: order.dir.clone() })

@@ -87,7 +87,7 @@ fn test(answer: &Value) -> String {
     }
     match (answer["running"].as_bool(), answer["vnc"].as_str()) {
         (Some(true), Some(vnc)) => {
-            drop(write!(shown, "\n  it runs, without a network; its screen: vnc+unix://{vnc}"))
+            let _ = write!(shown, "\n  it runs, without a network; its screen: vnc+unix://{vnc}");
         }
         (Some(true), None) => shown.push_str("\n  it runs, without a network"),
         (_, Some(_)) => shown.push_str("\n  its QEMU has ended"),
