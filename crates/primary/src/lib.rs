@@ -35,7 +35,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
-use model::{Assessment, CycleBackoff, Health, HealthThresholds, LogNumber, Phase, Timestamp, VmId, VmName};
+use model::{
+    Assessment, CycleBackoff, CycleTally, Health, HealthThresholds, LastError, LogNumber, Phase, Sum,
+    Timestamp, VmId, VmName,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
@@ -116,6 +119,10 @@ pub struct VmStatus {
     pub error: Option<Failure>,
     /// Bytes of logs shipped since this site started.
     pub sent_bytes: u64,
+    /// How cycles went in the monitoring window.
+    pub measured: Sum<CycleTally>,
+    /// The last error of the window, mended or not.
+    pub last_error: Option<LastError>,
 }
 
 impl VmStatus {
@@ -136,6 +143,8 @@ impl VmStatus {
             next_at: row.made_at,
             error: row.error.clone(),
             sent_bytes: 0,
+            measured: Sum::default(),
+            last_error: None,
         }
     }
 }
@@ -211,6 +220,13 @@ impl<P: Ports> Primary<P> {
     /// Compares both sides and sends what differs.
     pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
+    }
+
+    /// Begins a new monitoring window; the status is the one before, with what the window had come to.
+    pub async fn reset_measurements(&self, name: &VmName) -> Result<VmStatus, Error> {
+        let before = self.get(name).ok_or_else(|| Error::NoSuchVm(name.clone()))?;
+        self.order(name, Order::Reset, WhenRunning::Wait).await?;
+        Ok(before)
     }
 
     /// Ends the protection; nothing of ours stays in QEMU. The replica keeps what it has.

@@ -21,6 +21,8 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    /// Begin a new monitoring window.
+    Reset(oneshot::Sender<Result<(), Failure>>),
     /// Remove our bitmaps from QEMU and end.
     Forget(oneshot::Sender<Result<(), Failure>>),
     /// End, leaving the bitmaps to the next start of the site.
@@ -83,6 +85,7 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::Forget(_) | Order::End => return,
     };
     relationship.publish();

@@ -64,6 +64,21 @@ impl Store {
         if !state.points.contains_key(&point) {
             return Err(Error::NoSuchPoint { vm: vm.id, point });
         }
+        let older: Vec<String> = state
+            .row
+            .doc
+            .pinned
+            .iter()
+            .filter(|pin| pin.number < point)
+            .map(|pin| pin.id.to_string())
+            .collect();
+        if !older.is_empty() {
+            let why = format!(
+                "a failover to point {point} ends all older points, and these are pinned by hand: {}; unpin them first",
+                older.join(", ")
+            );
+            return Err(Error::PinnedByHand { vm: vm.id, why });
+        }
         let now = self.now();
         let mut row = state.row.clone();
         let doc = &mut row.doc;
