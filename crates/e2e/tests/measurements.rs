@@ -59,6 +59,13 @@ fn a_window_counts_cycles_through_a_planned_stop_and_a_cut_line() {
     assert_eq!((number(&after, "cycles_failed"), &after["last_error"]), (0, &Value::Null), "{after}");
     assert!(world.branch.vm(VM).unwrap()["error"].is_null());
 
+    // The replica's site is stopped and started: replication goes on by itself, whatever came of it meanwhile.
+    world.head.stop();
+    world.head.serve().unwrap();
+    let done = number(&measured(&world.branch, &[]), "cycles_done") + 2;
+    wait_measured(&world.branch, "cycles to go on", |vm| number(vm, "cycles_done") >= done);
+    assert_eq!(world.branch.vm(VM).unwrap()["state"], "replicating", "and needs no resynchronization");
+
     // The line is cut: that is missed, and health says of how many.
     let fresh = measured(&world.branch, &["--reset"]);
     assert!(number(&fresh, "cycles_done") >= done, "what the old window came to is shown once more: {fresh}");

@@ -392,8 +392,8 @@ impl<P: Ports> Relationship<P> {
             pending_bytes: self.pending_bytes,
             next_at: self.next_at,
             sent_bytes: self.sent_bytes,
+            last_error: self.measured.last_error.clone().filter(|error| error.at >= measured.since),
             measured,
-            last_error: self.measured.last_error.clone(),
             ..VmStatus::starting(&self.row)
         }
     }
