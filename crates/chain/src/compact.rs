@@ -24,7 +24,23 @@ pub struct CompactPlan {
     pub live_bytes: u64,
     /// The raw bytes that the logs hold now.
     pub total_bytes: u64,
+    /// The raw bytes of the largest of them.
+    pub largest_bytes: u64,
 }
+
+/// What a merge must be worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CompactRule {
+    /// It halves the bytes.
+    Halve,
+    /// It halves the bytes, or it makes one log of many and at least doubles each. For logs that a point pinned by
+    /// hand keeps from being folded into the base: they may be there for years, and without this a VM that writes
+    /// ever new blocks would have a million of them.
+    Few,
+}
+
+/// So many logs are worth one of their own under [`CompactRule::Few`].
+pub const FEW_LOGS: usize = 16;
 
 impl CompactPlan {
     /// The plan for a group of neighbouring logs; none for an empty group. The disks are those of the
@@ -33,12 +49,15 @@ impl CompactPlan {
         let numbers = || group.iter().map(|layer| layer.number);
         let (Some(first), Some(last)) = (numbers().min(), numbers().max()) else { return Ok(None) };
         let survivors = ApplyPlan::new(disks, group.iter().copied())?;
-        let records = group.iter().flat_map(|layer| &layer.index.records);
+        let bytes = |layer: &Layer<'_>| -> u64 {
+            layer.index.records.iter().map(|record| u64::from(record.raw_bytes)).sum()
+        };
         Ok(Some(Self {
             logs: first..=last,
             log_count: group.len(),
             live_bytes: survivors.write_bytes(),
-            total_bytes: records.map(|record| u64::from(record.raw_bytes)).sum(),
+            total_bytes: group.iter().map(bytes).sum(),
+            largest_bytes: group.iter().map(bytes).max().unwrap_or(0),
             survivors,
         }))
     }
@@ -58,30 +77,46 @@ impl CompactPlan {
         self.log_count > 1 && self.live_bytes <= self.total_bytes / 2
     }
 
+    /// Whether to do it by a rule.
+    ///
+    /// By [`CompactRule::Few`] a byte moves only into a log of at least twice the bytes of the one that it was in: so
+    /// it is written once more for each doubling, some 10 times from a log of a MiB to one of a GiB. What stays are a
+    /// few dozen logs, however many came: among [`FEW_LOGS`] neighbours there is one larger than the others together.
+    #[must_use]
+    pub const fn is_worth_it(&self, rule: CompactRule) -> bool {
+        let few = matches!(rule, CompactRule::Few) && self.log_count >= FEW_LOGS;
+        self.worthwhile() || few && self.largest_bytes <= self.live_bytes / 2
+    }
+
     /// The worthwhile merges within a group of neighbouring logs, oldest first: the whole group if that is
     /// one, else those of its halves. So one large log full of new bytes does not keep a thousand small
     /// ones around it from being merged.
     ///
     /// It looks at each log once per halving. A group's answer changes only when its logs do: remember it.
-    pub fn choose(disks: usize, group: &[Layer<'_>]) -> Result<Vec<Self>, IndexError> {
+    pub fn choose(disks: usize, group: &[Layer<'_>], rule: CompactRule) -> Result<Vec<Self>, IndexError> {
         let mut group = group.to_vec();
         group.sort_unstable_by_key(|layer| layer.number);
         let mut chosen = Vec::new();
-        choose_in(disks, &group, &mut chosen)?;
+        choose_in(disks, &group, rule, &mut chosen)?;
         Ok(chosen)
     }
 }
 
-fn choose_in(disks: usize, group: &[Layer<'_>], chosen: &mut Vec<CompactPlan>) -> Result<(), IndexError> {
+fn choose_in(
+    disks: usize,
+    group: &[Layer<'_>],
+    rule: CompactRule,
+    chosen: &mut Vec<CompactPlan>,
+) -> Result<(), IndexError> {
     if group.len() < 2 {
         return Ok(());
     }
     match CompactPlan::new(disks, group)? {
-        Some(plan) if plan.worthwhile() => chosen.push(plan),
+        Some(plan) if plan.is_worth_it(rule) => chosen.push(plan),
         _ => {
             let (older, newer) = group.split_at(group.len() / 2);
-            choose_in(disks, older, chosen)?;
-            choose_in(disks, newer, chosen)?;
+            choose_in(disks, older, rule, chosen)?;
+            choose_in(disks, newer, rule, chosen)?;
         }
     }
     Ok(())

@@ -12,7 +12,8 @@
 //! * survivors are disjoint: writing them in any order, twice, or again after a part of them, ends the same;
 //! * the base is never taken past the oldest point that is kept or pinned, and nothing at or below a pin is
 //!   rewritten;
-//! * each changed byte is written at most twice on the replica ([`CompactPlan::worthwhile`] says why);
+//! * each changed byte is written at most twice on the replica ([`CompactPlan::worthwhile`] says why), and once more
+//!   for each doubling of the log that it is in while a point pinned by hand keeps it from the base ([`CompactRule::Few`]);
 //! * a log that stays a point in name stays one in its bytes: merging drops only what the merged logs
 //!   themselves overwrite.
 //!
@@ -33,9 +34,9 @@ mod retention;
 
 pub use apply::{ApplyPlan, RecordPiece, RecordWork, apply_batches};
 pub use changes::{CHANGE_CHUNK_BYTES, changed_since, touched_chunks, union};
-pub use compact::{CompactPlan, merged_header};
+pub use compact::{CompactPlan, CompactRule, FEW_LOGS, merged_header};
 pub use layer::{IndexError, IndexFault, Layer, LayerDisk, match_disks};
 pub use next::{ChainError, Continues, Tip, check_next};
 pub use overlay::{Overlay, OverlayBuilder, Piece, Pieces, Source, Surviving, Survivor};
 pub use packed::Content;
-pub use retention::{RetentionInput, RetentionPlan, plan_retention};
+pub use retention::{Kept, KeptFor, RetentionInput, RetentionPlan, plan_retention};

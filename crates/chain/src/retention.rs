@@ -4,8 +4,11 @@
 //!  base                oldest kept                                        newest pin       newest
 //!   │ ── to be applied ──▶ │ ── left as it is: a view may read it ──────────▶ │ ── merged ──▶ │
 //! ```
+//!
+//! A point pinned by hand is kept like any other, for as long as the person likes; nobody has it open. So the base
+//! stops at the oldest of them, and what lies above is merged as elsewhere: no merge goes across a kept point.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::RangeInclusive;
 
@@ -21,8 +24,10 @@ pub struct RetentionInput<'a> {
     pub logs: &'a [LogNumber],
     /// The newest log that is folded into the base.
     pub applied: LogNumber,
-    /// The points that views, backups or people hold on to.
+    /// The points that views, exports and backups read.
     pub pins: &'a [LogNumber],
+    /// The points that a person has pinned.
+    pub pinned: &'a [LogNumber],
     /// Whether somebody reads the flat base files.
     pub held: bool,
     /// How many hourly points to keep beside the latest one (0 to 24). With 0 only the latest is kept; else
@@ -35,6 +40,50 @@ pub struct RetentionInput<'a> {
     pub now: Timestamp,
 }
 
+/// Why a point is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeptFor {
+    /// It is the newest.
+    Latest,
+    /// It is one of the newest, which stay in any case.
+    Recent,
+    /// It is of the current hour, or stands for one before it.
+    Hourly,
+    /// A person has pinned it.
+    PinnedByHand,
+    /// A view, an export or a backup reads it.
+    Read,
+    /// Somebody holds the flat files, which equal it.
+    Held,
+    /// A pass is under way: nothing goes before its end.
+    PassUnderWay,
+}
+
+impl KeptFor {
+    /// The stable code.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Latest => "latest",
+            Self::Recent => "recent",
+            Self::Hourly => "hourly",
+            Self::PinnedByHand => "pinned-by-hand",
+            Self::Read => "read",
+            Self::Held => "held",
+            Self::PassUnderWay => "pass-under-way",
+        }
+    }
+}
+
+/// A point that stays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// The point.
+    pub number: LogNumber,
+    /// Why; at least one reason.
+    pub why: BTreeSet<KeptFor>,
+}
+
 /// What to keep, drop, apply and merge. It is shown ([`fmt::Display`]) before it is carried out.
 ///
 /// The plan speaks of points and bytes. When a log that was applied or merged can be deleted is the shell's
@@ -42,7 +91,7 @@ pub struct RetentionInput<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RetentionPlan {
     /// The points that stay, ascending.
-    pub keep: Vec<LogNumber>,
+    pub keep: Vec<Kept>,
     /// The points that are no longer shown, ascending.
     pub drop: Vec<LogNumber>,
     /// Fold the logs up to and including this one into the base. Always a point, never beyond the oldest
@@ -60,12 +109,18 @@ pub struct RetentionPlan {
 #[must_use]
 pub fn plan_retention(input: &RetentionInput<'_>) -> RetentionPlan {
     let kept = kept_points(input);
-    let (keep, drop) = numbers(input).partition(|number| kept.contains(number));
+    let drop = numbers(input).filter(|number| !kept.contains_key(number)).collect();
     // A pin may name a point that is no longer shown; it bounds everything all the same.
-    let anchors: Vec<LogNumber> =
-        kept.iter().chain(input.pins).copied().collect::<BTreeSet<_>>().into_iter().collect();
+    let anchors: Vec<LogNumber> = kept
+        .keys()
+        .chain(input.pins)
+        .chain(input.pinned)
+        .copied()
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
     RetentionPlan {
-        keep,
+        keep: kept.into_iter().map(|(number, why)| Kept { number, why }).collect(),
         drop,
         apply_through: apply_through(input, &anchors),
         apply_initial_through: apply_initial_through(input),
@@ -78,23 +133,35 @@ fn numbers(input: &RetentionInput<'_>) -> impl Iterator<Item = LogNumber> + use<
     input.points.iter().map(|point| point.number).collect::<BTreeSet<_>>().into_iter()
 }
 
-fn kept_points(input: &RetentionInput<'_>) -> BTreeSet<LogNumber> {
+fn kept_points(input: &RetentionInput<'_>) -> BTreeMap<LogNumber, BTreeSet<KeptFor>> {
     let mut newest_first: Vec<&PointInfo> = input.points.iter().collect();
     newest_first.sort_by_key(|point| std::cmp::Reverse(point.number));
     // What lies below the base can no longer be read, whatever the settings say.
     newest_first.retain(|point| point.number >= input.applied);
-    let Some(latest) = newest_first.first() else { return BTreeSet::new() };
+    let Some(latest) = newest_first.first() else { return BTreeMap::new() };
+
+    let mut kept: BTreeMap<LogNumber, BTreeSet<KeptFor>> = BTreeMap::new();
+    let mut keep = |number, why| kept.entry(number).or_default().insert(why);
+    keep(latest.number, KeptFor::Latest);
+    for point in newest_first.iter().take(input.recent) {
+        keep(point.number, KeptFor::Recent);
+    }
+    for number in hourly_points(input, &newest_first) {
+        keep(number, KeptFor::Hourly);
+    }
     if pass_under_way(input, latest.number) {
         // Only the pass's own end makes the next point: until then nothing that could be gone back to goes.
-        return newest_first.iter().map(|point| point.number).collect();
+        for point in &newest_first {
+            keep(point.number, KeptFor::PassUnderWay);
+        }
     }
-
-    let mut kept: BTreeSet<LogNumber> = [latest.number].into();
-    kept.extend(newest_first.iter().take(input.recent).map(|point| point.number));
-    kept.extend(hourly_points(input, &newest_first));
-    let held_point = input.held.then_some(input.applied);
-    let shown = |number: &LogNumber| newest_first.iter().any(|point| point.number == *number);
-    kept.extend(input.pins.iter().copied().chain(held_point).filter(shown));
+    let shown: BTreeSet<LogNumber> = newest_first.iter().map(|point| point.number).collect();
+    let read = input.pins.iter().map(|number| (*number, KeptFor::Read));
+    let pinned = input.pinned.iter().map(|number| (*number, KeptFor::PinnedByHand));
+    let held = input.held.then_some((input.applied, KeptFor::Held));
+    for (number, why) in read.chain(pinned).chain(held).filter(|(number, _)| shown.contains(number)) {
+        keep(number, why);
+    }
     kept
 }
 
@@ -132,12 +199,13 @@ fn apply_through(input: &RetentionInput<'_>, anchors: &[LogNumber]) -> Option<Lo
 }
 
 fn apply_initial_through(input: &RetentionInput<'_>) -> Option<LogNumber> {
-    let initial = input.points.is_empty() && input.pins.is_empty() && !input.held;
+    let free = input.pins.is_empty() && input.pinned.is_empty() && !input.held;
+    let initial = input.points.is_empty() && free;
     input.logs.last().copied().filter(|newest| initial && *newest > input.applied)
 }
 
 /// Between neighbouring kept points, above the oldest one (what lies below is applied, not merged) and
-/// above the newest pin (what lies below may be open in a view).
+/// above the newest point that is read (what lies below may be open in a view).
 fn compact_groups(input: &RetentionInput<'_>, anchors: &[LogNumber]) -> Vec<RangeInclusive<LogNumber>> {
     let newest_pin = input.pins.iter().max().copied().unwrap_or(LogNumber::ZERO);
     let through = |number: LogNumber| input.logs.partition_point(|log| *log <= number);
@@ -158,11 +226,26 @@ impl RetentionPlan {
             && self.apply_initial_through.is_none()
             && self.compact.is_empty()
     }
+
+    /// The numbers of the points that stay, ascending.
+    pub fn kept(&self) -> impl Iterator<Item = LogNumber> + '_ {
+        self.keep.iter().map(|kept| kept.number)
+    }
+
+    /// The oldest points that only a person's pins keep, each with the logs that are there only for it: if the
+    /// oldest of them were unpinned, those logs would be folded into the base. Pins that come after a point that
+    /// stays anyway cost nothing of their own.
+    #[must_use]
+    pub fn cost_of_pins(&self) -> Vec<(LogNumber, RangeInclusive<LogNumber>)> {
+        let by_hand = BTreeSet::from([KeptFor::PinnedByHand]);
+        let pairs = self.keep.windows(2).take_while(|pair| pair[0].why == by_hand);
+        pairs.map(|pair| (pair[0].number, pair[0].number.next()..=pair[1].number)).collect()
+    }
 }
 
 impl fmt::Display for RetentionPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "keep {}", points(&self.keep))?;
+        writeln!(f, "keep {}", points(&self.kept().collect::<Vec<_>>()))?;
         if !self.drop.is_empty() {
             writeln!(f, "stop showing {}", points(&self.drop))?;
         }

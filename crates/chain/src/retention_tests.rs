@@ -28,12 +28,17 @@ fn five_hours() -> (Vec<PointInfo>, Vec<LogNumber>) {
     ((1..=30).map(|n| point(n, n * 10)).collect(), logs(2..=30))
 }
 
+fn kept(plan: &RetentionPlan) -> Vec<LogNumber> {
+    plan.kept().collect()
+}
+
 fn input<'a>(points: &'a [PointInfo], logs: &'a [LogNumber]) -> RetentionInput<'a> {
     RetentionInput {
         points,
         logs,
         applied: LogNumber(1),
         pins: &[],
+        pinned: &[],
         held: false,
         extra_hourly: 0,
         recent: 0,
@@ -45,7 +50,7 @@ fn input<'a>(points: &'a [PointInfo], logs: &'a [LogNumber]) -> RetentionInput<'
 fn without_hourly_points_only_the_latest_stays() {
     let (points, numbers) = five_hours();
     let plan = plan_retention(&input(&points, &numbers));
-    assert_eq!(plan.keep, logs([30]));
+    assert_eq!(kept(&plan), logs([30]));
     assert_eq!(plan.drop, logs(1..30));
     assert_eq!(plan.apply_through, Some(LogNumber(30)));
     assert!(plan.compact.is_empty());
@@ -57,7 +62,7 @@ fn the_current_hour_stays_whole_and_each_earlier_one_has_its_newest() {
     let hourly = RetentionInput { extra_hourly: 2, now: at(299), ..input(&points[..29], &numbers[..28]) };
     let plan = plan_retention(&hourly);
     // 04:00 to 04:50 are this hour's; 03:50 and 02:50 stand for the two before.
-    assert_eq!(plan.keep, logs([17, 23, 24, 25, 26, 27, 28, 29]));
+    assert_eq!(kept(&plan), logs([17, 23, 24, 25, 26, 27, 28, 29]));
     assert_eq!(plan.apply_through, Some(LogNumber(17)));
     assert_eq!(plan.compact, [LogNumber(18)..=LogNumber(23)]);
     assert_eq!(
@@ -71,9 +76,9 @@ fn the_current_hour_stays_whole_and_each_earlier_one_has_its_newest() {
 fn the_full_hour_does_not_end_the_recent_points() {
     let (points, numbers) = five_hours();
     let recent = RetentionInput { extra_hourly: 1, recent: 4, now: at(301), ..input(&points, &numbers) };
-    assert_eq!(plan_retention(&recent).keep, logs([27, 28, 29, 30]));
+    assert_eq!(kept(&plan_retention(&recent)), logs([27, 28, 29, 30]));
     let away_for_a_week = RetentionInput { now: at(7 * 1440), recent: 0, ..recent };
-    assert_eq!(plan_retention(&away_for_a_week).keep, logs([29, 30]));
+    assert_eq!(kept(&plan_retention(&away_for_a_week)), logs([29, 30]));
 }
 
 #[test]
@@ -82,7 +87,7 @@ fn a_pin_keeps_its_point_and_everything_below_as_it_is() {
     let pins = logs([20]);
     let pinned = RetentionInput { pins: &pins, extra_hourly: 4, ..input(&points, &numbers) };
     let plan = plan_retention(&pinned);
-    assert_eq!(plan.keep, logs([11, 17, 20, 23, 29, 30]));
+    assert_eq!(kept(&plan), logs([11, 17, 20, 23, 29, 30]));
     assert_eq!(plan.apply_through, Some(LogNumber(11)));
     assert_eq!(plan.compact, [LogNumber(21)..=LogNumber(23), LogNumber(24)..=LogNumber(29)]);
 
@@ -96,14 +101,14 @@ fn a_pin_on_a_point_that_is_not_shown_still_bounds_the_base() {
     let points = [point(1, 10), point(9, 90)];
     let (numbers, pins) = (logs(2..=9), logs([6]));
     let plan = plan_retention(&RetentionInput { pins: &pins, ..input(&points, &numbers) });
-    assert_eq!((plan.keep, plan.apply_through), (logs([9]), None));
+    assert_eq!((kept(&plan), plan.apply_through), (logs([9]), None));
 }
 
 #[test]
 fn a_held_base_stays_and_so_does_its_point() {
     let (points, numbers) = five_hours();
     let plan = plan_retention(&RetentionInput { held: true, ..input(&points, &numbers) });
-    assert_eq!(plan.keep, logs([1, 30]));
+    assert_eq!(kept(&plan), logs([1, 30]));
     assert_eq!(plan.apply_through, None);
 }
 
@@ -112,7 +117,7 @@ fn while_a_pass_is_under_way_every_point_before_it_stays() {
     let (points, _) = five_hours();
     let numbers = logs(2..=40);
     let plan = plan_retention(&input(&points, &numbers));
-    assert_eq!(plan.keep, logs(1..=30));
+    assert_eq!(kept(&plan), logs(1..=30));
     assert!(plan.is_idle(), "{plan}");
     assert!(plan.to_string().ends_with("nothing else to do\n"));
 }
@@ -133,7 +138,59 @@ fn a_clock_that_jumped_back_does_not_bring_the_wrong_point_forward() {
     let points = [point(1, 10), point(2, 500), point(3, 100)];
     let numbers = logs([2, 3]);
     let plan = plan_retention(&RetentionInput { extra_hourly: 1, now: at(110), ..input(&points, &numbers) });
-    assert_eq!(plan.keep, logs([1, 2, 3]), "3 is the latest; 2 claims a later hour; 1 is the hour before");
+    assert_eq!(kept(&plan), logs([1, 2, 3]), "3 is the latest; 2 claims a later hour; 1 is the hour before");
+}
+
+#[test]
+fn a_point_pinned_by_hand_stays_and_what_lies_between_is_merged_away() {
+    let (points, numbers) = five_hours();
+    let pinned = logs([3, 20]);
+    let plan = plan_retention(&RetentionInput { pinned: &pinned, ..input(&points, &numbers) });
+    assert_eq!(kept(&plan), logs([3, 20, 30]));
+    assert_eq!(plan.apply_through, Some(LogNumber(3)), "the base is not taken past the oldest");
+    assert_eq!(plan.compact, [LogNumber(4)..=LogNumber(20), LogNumber(21)..=LogNumber(30)]);
+    let cost = plan.cost_of_pins();
+    assert_eq!(
+        cost,
+        [(LogNumber(3), LogNumber(4)..=LogNumber(20)), (LogNumber(20), LogNumber(21)..=LogNumber(30))]
+    );
+}
+
+#[test]
+fn a_pin_on_what_stays_anyway_costs_nothing() {
+    let (points, numbers) = five_hours();
+    let pinned = logs([17, 24]);
+    let hourly = RetentionInput { pinned: &pinned, extra_hourly: 2, ..input(&points, &numbers) };
+    let plan = plan_retention(&RetentionInput { now: at(299), ..hourly });
+    assert!(kept(&plan).contains(&LogNumber(24)) && plan.cost_of_pins().is_empty());
+}
+
+#[test]
+fn each_point_that_stays_says_why() {
+    let (points, numbers) = five_hours();
+    let (pins, pinned) = (logs([12]), logs([5, 30]));
+    let asked = RetentionInput {
+        pins: &pins,
+        pinned: &pinned,
+        held: true,
+        extra_hourly: 1,
+        recent: 2,
+        now: at(305),
+        ..input(&points, &numbers)
+    };
+    let why: Vec<(u64, Vec<&str>)> = plan_retention(&asked)
+        .keep
+        .iter()
+        .map(|kept| (kept.number.0, kept.why.iter().map(|why| why.code()).collect()))
+        .collect();
+    let expected: &[(u64, &[&str])] = &[
+        (1, &["held"]),
+        (5, &["pinned-by-hand"]),
+        (12, &["read"]),
+        (29, &["recent", "hourly"]),
+        (30, &["latest", "recent", "hourly", "pinned-by-hand"]),
+    ];
+    assert!(why.iter().map(|(n, w)| (*n, &w[..])).eq(expected.iter().copied()), "{why:?}");
 }
 
 proptest! {
@@ -141,6 +198,7 @@ proptest! {
     fn the_base_never_passes_what_is_kept_and_carrying_a_plan_out_settles(
         steps in prop::collection::vec((0_u64..90, any::<bool>()), 1..60),
         pins in prop::collection::vec(1_usize..60, 0..3),
+        pinned in prop::collection::vec(0_usize..60, 0..3),
         (extra_hourly, recent, held) in (0_u8..30, 0_usize..4, any::<bool>()),
     ) {
         let mut minute = 0;
@@ -151,28 +209,43 @@ proptest! {
         }
         let numbers = logs(2..2 + steps.len() as u64);
         let pins: Vec<_> = pins.into_iter().filter_map(|at| points.get(at)).map(|pin| pin.number).collect();
+        let pinned: Vec<_> = pinned.into_iter().filter_map(|at| points.get(at)).map(|pin| pin.number).collect();
         let input = RetentionInput {
-            pins: &pins, held, extra_hourly, recent, now: at(minute), ..input(&points, &numbers)
+            pins: &pins, pinned: &pinned, held, extra_hourly, recent, now: at(minute), ..input(&points, &numbers)
         };
         let plan = plan_retention(&input);
 
         let latest = points.last().unwrap().number;
-        prop_assert!(plan.keep.contains(&latest));
-        prop_assert!(pins.iter().all(|pin| plan.keep.contains(pin)));
-        prop_assert_eq!(plan.keep.len() + plan.drop.len(), points.len());
+        let keep = kept(&plan);
+        prop_assert!(keep.contains(&latest));
+        prop_assert!(pins.iter().chain(&pinned).all(|pin| keep.contains(pin)));
+        prop_assert!(plan.keep.iter().all(|kept| !kept.why.is_empty()));
+        for kept in &plan.keep {
+            prop_assert_eq!(kept.why.contains(&KeptFor::PinnedByHand), pinned.contains(&kept.number));
+            prop_assert_eq!(kept.why.contains(&KeptFor::Read), pins.contains(&kept.number));
+            prop_assert_eq!(kept.why.contains(&KeptFor::Latest), kept.number == latest);
+        }
+        // What the pins alone keep is what would be folded in without them.
+        let without = plan_retention(&RetentionInput { pinned: &[], ..input });
+        let free = pins.is_empty() && !held && !plan.keep[0].why.contains(&KeptFor::PassUnderWay);
+        let cost_to = plan.cost_of_pins().last().map(|(_, logs)| *logs.end());
+        if let Some(cost_to) = cost_to.filter(|_| free) {
+            prop_assert_eq!(without.apply_through, Some(cost_to));
+        }
+        prop_assert_eq!(keep.len() + plan.drop.len(), points.len());
         if let Some(through) = plan.apply_through {
-            prop_assert_eq!(through, plan.keep[0]);
+            prop_assert_eq!(through, keep[0]);
         }
         for group in &plan.compact {
-            prop_assert!(plan.keep.contains(group.end()));
-            prop_assert!(!plan.keep.iter().any(|kept| group.contains(kept) && kept != group.end()));
+            prop_assert!(keep.contains(group.end()));
+            prop_assert!(!keep.iter().any(|kept| group.contains(kept) && kept != group.end()));
             prop_assert!(pins.iter().all(|pin| pin < group.start()));
-            prop_assert!(*group.start() > plan.keep[0]);
+            prop_assert!(*group.start() > keep[0]);
         }
 
         let applied = plan.apply_through.unwrap_or(input.applied);
         let points_after: Vec<_> =
-            points.iter().copied().filter(|point| plan.keep.contains(&point.number)).collect();
+            points.iter().copied().filter(|point| keep.contains(&point.number)).collect();
         let inside = |log: &LogNumber| plan.compact.iter().any(|group| group.contains(log) && group.end() != log);
         let logs_after: Vec<_> = numbers.iter().copied().filter(|log| *log > applied && !inside(log)).collect();
         let settled = plan_retention(&RetentionInput { points: &points_after, logs: &logs_after, applied, ..input });

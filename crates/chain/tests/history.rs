@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chain::{
-    ApplyPlan, CompactPlan, Layer, Overlay, RetentionInput, RetentionPlan, changed_since, plan_retention,
-    union,
+    ApplyPlan, CompactPlan, CompactRule, FEW_LOGS, Layer, Overlay, RetentionInput, RetentionPlan,
+    changed_since, plan_retention, union,
 };
 use log::Extent;
 use model::{Consistency, LogClass, LogId, LogNumber, PointInfo, Timestamp};
@@ -22,6 +22,8 @@ enum Event {
     Log { draft: Draft, class: LogClass, minutes: u64 },
     Pin(prop::sample::Index),
     Unpin,
+    PinByHand(prop::sample::Index),
+    UnpinByHand(prop::sample::Index),
     Hold(bool),
 }
 
@@ -37,6 +39,8 @@ fn event() -> impl Strategy<Value = Event> {
         }),
         1 => any::<prop::sample::Index>().prop_map(Event::Pin),
         1 => Just(Event::Unpin),
+        1 => any::<prop::sample::Index>().prop_map(Event::PinByHand),
+        1 => any::<prop::sample::Index>().prop_map(Event::UnpinByHand),
         1 => any::<bool>().prop_map(Event::Hold),
     ]
 }
@@ -48,10 +52,13 @@ struct Replica {
     logs: Vec<MemLog>,
     points: Vec<PointInfo>,
     pins: Vec<LogNumber>,
+    pinned: Vec<LogNumber>,
     held: bool,
     now: Timestamp,
     logged_bytes: u64,
     written_bytes: u64,
+    /// Of these, what was written only to have fewer logs above a point pinned by hand.
+    few_bytes: u64,
     /// The change map: disks here are smaller than a chunk, so one entry each.
     changed_by: [u64; DISKS],
     /// The VM's disks after each log.
@@ -67,10 +74,12 @@ impl Replica {
             logs: Vec::new(),
             points: Vec::new(),
             pins: Vec::new(),
+            pinned: Vec::new(),
             held: false,
             now: Timestamp::default(),
             logged_bytes: 0,
             written_bytes: 0,
+            few_bytes: 0,
             changed_by: [0; DISKS],
             truth: [(LogNumber::ZERO, empty)].into(),
         }
@@ -80,7 +89,14 @@ impl Replica {
         match event {
             Event::Log { draft, class, minutes } => self.receive(draft, *class, *minutes),
             Event::Pin(which) if !self.points.is_empty() => self.pins.push(which.get(&self.points).number),
-            Event::Pin(_) => {}
+            Event::PinByHand(which) if !self.points.is_empty() => {
+                self.pinned.push(which.get(&self.points).number);
+            }
+            Event::Pin(_) | Event::PinByHand(_) => {}
+            Event::UnpinByHand(which) if !self.pinned.is_empty() => {
+                self.pinned.swap_remove(which.index(self.pinned.len()));
+            }
+            Event::UnpinByHand(_) => {}
             Event::Unpin => drop(self.pins.pop()),
             // The gate gives a hold only where the base equals a point.
             Event::Hold(on) => {
@@ -112,12 +128,13 @@ impl Replica {
             logs: &numbers,
             applied: self.applied,
             pins: &self.pins,
+            pinned: &self.pinned,
             held: self.held,
             extra_hourly,
             recent,
             now: self.now,
         });
-        self.points.retain(|point| plan.keep.contains(&point.number));
+        self.points.retain(|point| plan.kept().any(|kept| kept == point.number));
         self.compact(&plan);
         self.apply(&plan);
     }
@@ -126,10 +143,15 @@ impl Replica {
         for group in &plan.compact {
             let layers: Vec<Layer<'_>> =
                 self.logs.iter().filter(|log| group.contains(&log.number)).map(MemLog::layer).collect();
-            for plan in CompactPlan::choose(DISKS, &layers).unwrap() {
-                assert!(
-                    plan.worthwhile() && group.contains(plan.logs.start()) && group.contains(plan.logs.end())
-                );
+            let above_a_pin = self.pinned.iter().any(|pin| pin < group.start());
+            let rule = if above_a_pin { CompactRule::Few } else { CompactRule::Halve };
+            for plan in CompactPlan::choose(DISKS, &layers, rule).unwrap() {
+                assert!(group.contains(plan.logs.start()) && group.contains(plan.logs.end()));
+                if !plan.worthwhile() {
+                    assert!(above_a_pin && plan.log_count >= FEW_LOGS);
+                    assert!(plan.largest_bytes * 2 <= plan.live_bytes);
+                    self.few_bytes += plan.live_bytes;
+                }
                 let merged = self.merged(&plan);
                 assert_eq!(merged.raw_bytes(), plan.live_bytes);
                 self.written_bytes += plan.live_bytes;
@@ -165,7 +187,8 @@ impl Replica {
 
     fn apply(&mut self, plan: &RetentionPlan) {
         let Some(through) = plan.apply_through.or(plan.apply_initial_through) else { return };
-        let oldest = self.points.iter().map(|point| point.number).chain(self.pins.iter().copied()).min();
+        let held_on_to = self.pins.iter().chain(&self.pinned).copied();
+        let oldest = self.points.iter().map(|point| point.number).chain(held_on_to).min();
         assert!(oldest.is_none_or(|oldest| through <= oldest) && !self.held);
         let folded = self.logs.iter().filter(|log| log.number <= through).map(MemLog::layer);
         let overlay = Overlay::build(DISKS, folded).unwrap();
@@ -214,7 +237,10 @@ impl Replica {
             prop_assert_eq!(&view(&overlay, &self.base, &self.logs), &self.truth[&point], "point {}", point);
             self.check_changes(&overlay, point)?;
         }
-        prop_assert!(self.written_bytes <= 2 * self.logged_bytes);
+        for pin in &self.pinned {
+            prop_assert!(self.points.iter().any(|point| point.number == *pin), "{} is pinned by hand", pin);
+        }
+        prop_assert!(self.written_bytes <= 2 * self.logged_bytes + self.few_bytes);
         Ok(())
     }
 }
@@ -246,8 +272,46 @@ fn one_log_full_of_new_bytes_does_not_keep_the_empty_ones_from_being_merged() {
     let layers: Vec<_> = logs.iter().map(MemLog::layer).collect();
     let whole = CompactPlan::new(DISKS, &layers).unwrap().unwrap();
     assert_eq!((whole.live_bytes, whole.total_bytes, whole.worthwhile()), (60, 60, false));
-    let chosen = CompactPlan::choose(DISKS, &layers).unwrap();
+    let chosen = CompactPlan::choose(DISKS, &layers, CompactRule::Halve).unwrap();
     let left = 64 - chosen.iter().map(|plan| plan.log_count - 1).sum::<usize>();
     assert_eq!(left, 7, "64 logs are halved six times");
     assert!(CompactPlan::new(DISKS, &[]).unwrap().is_none());
+}
+
+/// Ever new blocks above a point that is pinned for a long time: no merge saves a byte, and yet their logs do not
+/// become more and more, nor is each byte written again and again.
+#[test]
+fn a_pin_of_long_ago_does_not_collect_logs() {
+    let mut logs: Vec<MemLog> = Vec::new();
+    let (mut logged, mut written, mut most) = (0, 0, 0);
+    for number in 2..4002_u64 {
+        let fresh = Write { disk: 0, offset: number * 16, len: 1 + number * 7 % 16, data: true };
+        let sizes = [1 << 20; DISKS];
+        let draft = Draft { writes: vec![fresh], sizes, per_record: 1, reversed: false, foreign: false };
+        logs.push(MemLog::new(number, &draft));
+        logged += logs.last().unwrap().raw_bytes();
+        if !number.is_multiple_of(FEW_LOGS as u64) {
+            continue;
+        }
+        loop {
+            let layers: Vec<Layer<'_>> = logs.iter().map(MemLog::layer).collect();
+            let chosen = CompactPlan::choose(DISKS, &layers, CompactRule::Few).unwrap();
+            if chosen.is_empty() {
+                break;
+            }
+            for plan in chosen {
+                let mut replica = Replica { logs, ..Replica::new() };
+                let merged = replica.merged(&plan);
+                replica.logs.retain(|log| !plan.logs.contains(&log.number));
+                replica.logs.push(merged);
+                replica.logs.sort_by_key(|log| log.number);
+                logs = replica.logs;
+                written += plan.live_bytes;
+            }
+        }
+        most = most.max(logs.len());
+    }
+    assert_eq!(logs.iter().map(MemLog::raw_bytes).sum::<u64>(), logged, "every block is there still");
+    assert!(most <= 100, "{most} logs");
+    assert!(written <= 8 * logged, "{written} bytes for {logged}");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::{LogId, VmName};
+use model::{PointName, PointRef, VmName};
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
@@ -55,7 +55,30 @@ pub enum Command {
         vm: Option<VmName>,
     },
     /// The recovery points of a replica.
-    Points { vm: VmName },
+    Points {
+        vm: VmName,
+        /// Show instead what retention would do now: which points go, why each other one stays, which logs are applied
+        /// or merged.
+        #[arg(long)]
+        plan: bool,
+    },
+    /// Keep a recovery point, whatever retention says, until it is unpinned.
+    Pin {
+        vm: VmName,
+        /// The recovery point: its id, the first digits of it, its name, or `latest`; `points` lists them.
+        #[arg(value_name = "ID")]
+        point: PointRef,
+        /// What it is to be called: wherever an id is taken, the name is too.
+        #[arg(long, value_parser = point_name)]
+        name: Option<PointName>,
+    },
+    /// Let a pinned recovery point go when retention says so.
+    Unpin {
+        vm: VmName,
+        /// The recovery point: its id, the first digits of it, or its name.
+        #[arg(value_name = "ID")]
+        point: PointRef,
+    },
     /// Stop replicating a VM; changes are remembered.
     Pause { vm: VmName },
     /// Replicate again, at once; on the replica's site: apply again after a failure was mended.
@@ -118,6 +141,17 @@ pub enum Command {
         /// The folder; it is made if it is not there.
         #[arg(long, value_name = "DIR")]
         storage: PathBuf,
+    },
+    /// How cycles went in the monitoring window: done, missed and failed, sizes and latencies, the last error.
+    Measurements {
+        /// Of one VM only.
+        vm: Option<VmName>,
+        /// Begin a new window; what the old one came to is shown once more.
+        #[arg(long)]
+        reset: bool,
+        /// Comma-separated values, for a spreadsheet.
+        #[arg(long)]
+        csv: bool,
     },
     /// What happened: refused peers, failed cycles, backups given up.
     Events {
@@ -193,9 +227,9 @@ pub struct Protect {
 #[derive(Debug, Args)]
 pub struct Backup {
     pub vm: VmName,
-    /// A certain recovery point; `points` lists them.
+    /// A certain recovery point, by id or name; `points` lists them.
     #[arg(long, value_name = "ID")]
-    pub point: Option<LogId>,
+    pub point: Option<PointRef>,
     /// How consistent the point must be.
     #[arg(long, value_enum, default_value_t = ConsistencyWanted::PreferApplication)]
     pub consistency: ConsistencyWanted,
@@ -248,7 +282,7 @@ pub struct Export {
     pub vm: Option<VmName>,
     /// The recovery point; the newest if none is named.
     #[arg(long, value_name = "ID", requires = "vm")]
-    pub point: Option<LogId>,
+    pub point: Option<PointRef>,
     /// A backup instead.
     #[arg(long, value_name = "ID", conflicts_with_all = ["vm", "point"])]
     pub backup: Option<String>,
@@ -265,7 +299,7 @@ pub struct Check {
     pub vm: VmName,
     /// The recovery point; the newest if none is named.
     #[arg(long, value_name = "ID")]
-    pub point: Option<LogId>,
+    pub point: Option<PointRef>,
     /// A backup instead.
     #[arg(long, value_name = "ID", conflicts_with = "point")]
     pub backup: Option<String>,
@@ -287,7 +321,7 @@ pub enum Failover {
         vm: VmName,
         /// The recovery point; the newest if none is named.
         #[arg(long, value_name = "ID")]
-        point: Option<LogId>,
+        point: Option<PointRef>,
         /// Only show the disks over NBD; start no VM.
         #[arg(long)]
         disks_only: bool,
@@ -307,7 +341,7 @@ pub enum Failover {
         vm: VmName,
         /// The recovery point; the newest if none is named.
         #[arg(long, value_name = "ID")]
-        point: Option<LogId>,
+        point: Option<PointRef>,
     },
     /// At the site where the VM runs: give it, switched off, to its replica's site. Nothing is lost.
     Planned {
@@ -365,6 +399,11 @@ pub enum Format {
     Raw,
     Qcow2,
     Vhdx,
+}
+
+/// A name that cannot be taken for an id.
+fn point_name(name: &str) -> Result<PointName, String> {
+    PointName::new(name).map_err(|error| error.to_string())
 }
 
 /// `500k`, `2M`, `1G` or plain bytes.

@@ -13,7 +13,7 @@ use crate::show::{list, moment, relationships, text};
 pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
     Ok(match failover {
         Failover::Test { vm, point, disks_only } => {
-            FailoverRequest::Test { vm: vm.clone(), point: *point, start: !disks_only }
+            FailoverRequest::Test { vm: vm.clone(), point: point.clone(), start: !disks_only }
         }
         Failover::EndTest { test } => FailoverRequest::EndTest { test: test.clone() },
         Failover::Tests { vm } => FailoverRequest::Tests { vm: vm.clone() },
@@ -21,7 +21,9 @@ pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
             vm: vm.clone(),
             shut_down_s: shutdown.map(|patience| patience.as_secs().max(1)),
         },
-        Failover::Unplanned { vm, point } => FailoverRequest::Unplanned { vm: vm.clone(), point: *point },
+        Failover::Unplanned { vm, point } => {
+            FailoverRequest::Unplanned { vm: vm.clone(), point: point.clone() }
+        }
         Failover::Cancel { vm } => FailoverRequest::Cancel { vm: vm.clone() },
         Failover::Complete { vm, qmp } => {
             FailoverRequest::Complete { vm: vm.clone(), qmp: qmp.as_deref().map(absolute).transpose()? }

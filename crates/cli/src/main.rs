@@ -6,7 +6,9 @@
 mod args;
 mod demo;
 mod failover;
+mod measurements;
 mod memory;
+mod points;
 mod progress;
 mod repositories;
 mod show;
@@ -137,7 +139,10 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
     let answer = site::ask(&arguments.dir, &request, |progress| bar.show(&progress)).await;
     bar.clear();
     let answer = answer?;
-    let text = show::answer(&request, &answer);
+    let text = match command {
+        Command::Measurements { csv: true, .. } => measurements::csv(&answer),
+        _ => show::answer(&request, &answer),
+    };
     // A guest that does not boot is an answer, and no success.
     let status = u8::from(matches!(request, Request::Check(_)) && answer["alive"] != true);
     Ok(Said { json: answer, text, status })
@@ -165,7 +170,11 @@ fn request(command: &Command) -> Result<Request, Failure> {
             sign_of_life: protect.sign_of_life.clone(),
         })),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
-        Command::Points { vm } => Request::Points { vm: vm.clone() },
+        Command::Points { vm, plan } => Request::Points { vm: vm.clone(), plan: *plan },
+        Command::Pin { vm, point, name } => {
+            Request::Pin { vm: vm.clone(), point: point.clone(), name: name.clone() }
+        }
+        Command::Unpin { vm, point } => Request::Unpin { vm: vm.clone(), point: point.clone() },
         Command::Pause { vm } => Request::Pause { vm: vm.clone() },
         Command::Resume { vm } => Request::Resume { vm: vm.clone() },
         Command::Resync { vm } => Request::Resync { vm: vm.clone() },
@@ -173,7 +182,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Unprotect { vm } => Request::Unprotect { vm: vm.clone() },
         Command::Backup(backup) => Request::Backup(BackupRequest {
             vm: backup.vm.clone(),
-            point: backup.point,
+            point: backup.point.clone(),
             consistency: consistency(backup.consistency),
             view: match backup.view {
                 View::Pinned => Access::Pinned,
@@ -194,7 +203,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
                     backup: backup.clone(),
                     repository: check.repository.repository.clone(),
                 },
-                None => Exported::Point { vm: check.vm.clone(), point: check.point },
+                None => Exported::Point { vm: check.vm.clone(), point: check.point.clone() },
             };
             let within_s = check.within.map(|within| within.as_secs().max(1));
             Request::Check(site::Check {
@@ -207,6 +216,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Checks { vm } => Request::Checks { vm: vm.clone() },
         Command::Failover(failover) => Request::Failover(failover::request(failover)?),
         Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+        Command::Measurements { vm, reset, .. } => Request::Measurements { vm: vm.clone(), reset: *reset },
         Command::Events { count } => Request::Events { count: *count },
         Command::Init { .. }
         | Command::Serve
@@ -233,7 +243,7 @@ fn line_or_stdin(argument: &str) -> Result<String, Failure> {
 
 fn exported(export: &args::Export) -> Result<site::Export, Failure> {
     let what = match (&export.vm, &export.backup) {
-        (Some(vm), None) => Exported::Point { vm: vm.clone(), point: export.point },
+        (Some(vm), None) => Exported::Point { vm: vm.clone(), point: export.point.clone() },
         (None, Some(backup)) => {
             Exported::Backup { backup: backup.clone(), repository: export.repository.repository.clone() }
         }

@@ -6,6 +6,8 @@ use std::path::Path;
 use serde_json::Value;
 use site::{Failure, Made, Request};
 
+use crate::{measurements, points};
+
 /// A failure: what happened, and when to come again.
 pub fn failure(failure: &Failure) -> String {
     let mut text = format!("afterimage: {}", failure.message);
@@ -62,7 +64,16 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             relationships(std::slice::from_ref(answer))
         }
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
-        Request::Points { .. } => points(list(&answer["points"])),
+        Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
+        Request::Points { plan: true, .. } => points::plan(answer),
+        Request::Pin { vm, .. } => {
+            let name = answer["name"].as_str().map(|name| format!(" ({name})")).unwrap_or_default();
+            let point = text(&answer["point"]);
+            format!("Point {point}{name} of {vm} stays until 'afterimage unpin {vm} {point}'.")
+        }
+        Request::Unpin { vm, .. } => {
+            format!("Point {} of {vm} is not pinned any more.", text(&answer["point"]))
+        }
         Request::Backup(request) => backup(request.vm.as_str(), answer),
         Request::Jobs => jobs(list(&answer["jobs"])),
         Request::Hold { .. } => hold(answer),
@@ -73,6 +84,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover(request) => crate::failover::shown(request, answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
+        Request::Measurements { .. } => measurements::tables(list(&answer["measurements"])),
         Request::Events { .. } => events(list(&answer["events"])),
     }
 }
@@ -85,7 +97,7 @@ pub fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("-")
 }
 
-fn number(value: &Value) -> String {
+pub fn number(value: &Value) -> String {
     value.as_u64().map_or_else(|| "-".into(), |number| number.to_string())
 }
 
@@ -95,7 +107,7 @@ pub fn bytes(value: &Value) -> String {
 }
 
 /// "12.3 s".
-fn seconds(value: &Value) -> String {
+pub fn seconds(value: &Value) -> String {
     match value.as_f64() {
         None => "-".into(),
         Some(seconds) if seconds < 120.0 => format!("{seconds:.1} s"),
@@ -208,27 +220,12 @@ fn details(vm: &Value) -> String {
     if vm["role"] == "replica" {
         let (received, applied) = (number(&vm["received"]), number(&vm["applied"]));
         line("logs", format!("{received} received, {applied} applied; apply is {}", text(&vm["apply"])));
+        if vm["pinned"].as_u64() > Some(0) {
+            let (pinned, cost) = (number(&vm["pinned"]), bytes(&vm["pin_bytes"]));
+            line("pinned", format!("{pinned} points by hand; {cost} of logs are there only for them"));
+        }
     }
     shown
-}
-
-fn points(points: &[Value]) -> String {
-    let rows: Vec<_> = points
-        .iter()
-        .map(|point| {
-            vec![
-                text(&point["id"]).to_owned(),
-                number(&point["number"]),
-                moment(&point["taken_at"]),
-                text(&point["consistency"]).to_owned(),
-                bytes(&point["bytes"]),
-            ]
-        })
-        .collect();
-    if rows.is_empty() {
-        return "No recovery points yet.".into();
-    }
-    table(&["POINT", "NUMBER", "TAKEN AT", "CONSISTENCY", "LOG"], &rows)
 }
 
 fn backup(vm: &str, answer: &Value) -> String {

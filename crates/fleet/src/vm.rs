@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use model::gate::{Access, Admission, Facts, Refusal, admit};
 use model::{
-    ApplyState, BaseState, Health, HealthInput, HealthThresholds, LogNumber, Phase, Timestamp, VmId, assess,
+    ApplyState, BaseState, Health, HealthInput, HealthThresholds, Lately, LogNumber, Phase, Timestamp, VmId,
+    assess,
 };
 
 use crate::churn::VmChurn;
@@ -183,7 +184,7 @@ impl Vm {
             paused: self.primary.paused,
             last_log_at: moment(self.kept.latest().at),
             interval,
-            missed: (0, 0),
+            lately: Lately::default(),
             error: None,
         };
         let health = assess(&input, thresholds, moment(now)).health;

@@ -41,6 +41,7 @@ proptest! {
                 logs: &logs,
                 applied: LogNumber(base),
                 pins: &pins,
+                pinned: &[],
                 held: false,
                 extra_hourly,
                 recent: 0,
@@ -48,7 +49,7 @@ proptest! {
             });
             prop_assert_eq!(plan.apply_through, expected, "at log {} with pin {:?}", number, pin);
             // Carried out, as the simulation does at once and production soon.
-            points.retain(|point| plan.keep.contains(&point.number));
+            points.retain(|point| plan.kept().any(|kept| kept == point.number));
             base = floor.max(base);
         }
     }

@@ -222,7 +222,7 @@ fn texts(put: Put<'_>) -> io::Result<()> {
     let vm: model::VmName = "web".parse().map_err(io::Error::other)?;
     let backup = BackupRequest {
         vm: vm.clone(),
-        point: Some(LogId::from_bytes([2; 16])),
+        point: Some(LogId::from_bytes([2; 16]).into()),
         consistency: None,
         view: model::gate::Access::Pinned,
         repository: "local".into(),

@@ -1,11 +1,11 @@
-//! How well a relationship is. Thresholds follow Hyper-V Replica's rules (20 % of cycles missed,
-//! one hour behind) and can be set in the config.
+//! How well a relationship is. Thresholds follow Hyper-V Replica's rules (20 % of cycles missed in the monitoring
+//! window, an average latency of five minutes, one hour behind) and can be set in the config.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApplyState, Phase, Timestamp, human_duration};
+use crate::{ApplyState, CycleTally, Phase, Sum, Timestamp, human_duration};
 
 /// The three grades.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -32,17 +32,48 @@ pub struct HealthInput<'a> {
     pub last_log_at: Timestamp,
     /// The interval between cycles.
     pub interval: Duration,
-    /// Of the latest cycles, how many failed or came late, and how many there were.
-    pub missed: (u32, u32),
+    /// How cycles went in the monitoring window.
+    pub lately: Lately,
     /// An error that does not clear by itself.
     pub error: Option<&'a str>,
+}
+
+/// How cycles went in the monitoring window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Lately {
+    /// How many were missed.
+    pub missed: u64,
+    /// How many there should have been.
+    pub cycles: u64,
+    /// The average time from a moment to its durable acknowledgement.
+    pub latency: Duration,
+    /// How long the window counts by now.
+    pub over: Duration,
+}
+
+impl Lately {
+    /// As the window has it.
+    #[must_use]
+    pub fn of(window: &Sum<CycleTally>, now: Timestamp) -> Self {
+        let Sum { since, sum } = window;
+        Self {
+            missed: sum.missed,
+            cycles: sum.cycles(),
+            latency: sum.latency_avg().unwrap_or_default(),
+            over: now.since(*since),
+        }
+    }
 }
 
 /// When health turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthThresholds {
+    /// The monitoring window: so far back cycles count.
+    pub window: Duration,
     /// Warning above this share of missed cycles, in percent.
     pub missed_percent: u32,
+    /// Warning above this average latency.
+    pub latency_max: Duration,
     /// Warning when the newest log is older than this (and than three intervals).
     pub warning_after: Duration,
     /// Critical when the newest log is older than this (and than three intervals).
@@ -52,7 +83,9 @@ pub struct HealthThresholds {
 impl Default for HealthThresholds {
     fn default() -> Self {
         Self {
+            window: Duration::from_secs(24 * 3600),
             missed_percent: 20,
+            latency_max: Duration::from_secs(5 * 60),
             warning_after: Duration::from_secs(10 * 60),
             critical_after: Duration::from_secs(3600),
         }
@@ -107,9 +140,14 @@ pub fn assess(input: &HealthInput<'_>, thresholds: &HealthThresholds, now: Times
             "the VM was failed over and runs at the other site; 'failover reverse' there makes this site its replica".into(),
         ),
         _ => {
-            let (missed, cycles) = input.missed;
-            if u64::from(missed) * 100 > u64::from(cycles) * u64::from(thresholds.missed_percent) {
-                grade(Health::Warning, format!("{missed} of the last {cycles} cycles were missed"))
+            let Lately { missed, cycles, latency, over } = input.lately;
+            let over = human_duration(over);
+            if u128::from(missed) * 100 > u128::from(cycles) * u128::from(thresholds.missed_percent) {
+                let reason = format!("{missed} of the {cycles} cycles of the last {over} were missed");
+                grade(Health::Warning, reason)
+            } else if latency > thresholds.latency_max {
+                let latency = human_duration(latency);
+                grade(Health::Warning, format!("the cycles of the last {over} took {latency} on average"))
             } else {
                 grade(Health::Normal, String::new())
             }
@@ -132,7 +170,7 @@ mod tests {
             paused: false,
             last_log_at: at(0),
             interval: Duration::from_secs(30),
-            missed: (0, 100),
+            lately: Lately { cycles: 100, ..Lately::default() },
             error: None,
         }
     }
@@ -156,10 +194,23 @@ mod tests {
     }
 
     #[test]
-    fn more_than_a_fifth_of_missed_cycles_is_a_warning() {
-        let missed = |missed| judge(&HealthInput { missed: (missed, 100), ..input(&Phase::Replicating) }, 1);
-        assert_eq!(missed(20), Health::Normal);
-        assert_eq!(missed(21), Health::Warning);
+    fn more_than_a_fifth_of_missed_cycles_is_a_warning_that_says_of_how_many() {
+        let lately =
+            |missed| Lately { missed, cycles: 100, over: Duration::from_secs(7200), ..Lately::default() };
+        let phase = Phase::Replicating;
+        let missed = |missed| HealthInput { lately: lately(missed), ..input(&phase) };
+        assert_eq!(judge(&missed(20), 1), Health::Normal);
+        let warned = assess(&missed(21), &HealthThresholds::default(), at(1));
+        assert_eq!(warned.health, Health::Warning);
+        assert_eq!(warned.reason, "21 of the 100 cycles of the last 2 h were missed");
+    }
+
+    #[test]
+    fn slow_cycles_are_a_warning() {
+        let slow = |seconds| Lately { latency: Duration::from_secs(seconds), ..Lately::default() };
+        let phase = Phase::Replicating;
+        let judged = |seconds| judge(&HealthInput { lately: slow(seconds), ..input(&phase) }, 1);
+        assert_eq!((judged(300), judged(301)), (Health::Normal, Health::Warning));
     }
 
     #[test]

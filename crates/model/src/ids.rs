@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::points::LATEST;
+
 /// Why a name was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -94,6 +96,30 @@ name_type!(
     DiskName,
     "disk"
 );
+name_type!(
+    /// What a person calls a recovery point. It cannot be taken for an id: [`PointName::new`] refuses what could be
+    /// the beginning of one.
+    PointName,
+    "point"
+);
+
+impl PointName {
+    /// A name for a point, unless it could be the beginning of a point's id.
+    pub fn new(name: &str) -> Result<Self, NameError> {
+        let named: Self = name.parse()?;
+        let why = match name {
+            LATEST => "it means the newest point",
+            _ if is_id_prefix(name) => "it could be the beginning of an id, give it a letter beyond f",
+            _ => return Ok(named),
+        };
+        Err(NameError { what: "point", name: name.to_owned(), why, max: NAME_BYTES_MAX })
+    }
+}
+
+/// Whether a text could be the beginning of an id.
+pub(crate) fn is_id_prefix(text: &str) -> bool {
+    (1..=32).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
 
 /// Why an id was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -22,7 +22,9 @@ pub mod gate;
 mod health;
 mod ids;
 pub mod job;
+mod measure;
 mod phase;
+mod points;
 mod retry;
 mod time;
 
@@ -30,9 +32,13 @@ pub use backoff::CycleBackoff;
 pub use base::BaseState;
 pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, choose_point};
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
-pub use health::{Assessment, Health, HealthInput, HealthThresholds, assess};
-pub use ids::{DiskName, IdError, LogId, LogNumber, NameError, VmId, VmName};
+pub use health::{Assessment, Health, HealthInput, HealthThresholds, Lately, assess};
+pub use ids::{DiskName, IdError, LogId, LogNumber, NameError, PointName, VmId, VmName};
+pub use measure::{
+    CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
+};
 pub use phase::{ApplyState, Phase, Progress, Purpose, ResyncReason};
+pub use points::{PinnedPoint, PointRef, UnknownPoint, find_point};
 pub use retry::{Attempt, GiveUp, RetryDecision, RetryPolicy};
 pub use time::{Timestamp, human_duration};
 

@@ -119,7 +119,8 @@ impl<P: Ports> Relationship<P> {
         durable_step("primary::takeover::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::takeover::saved");
-        Ok(Self::new(row, shared.clone()))
+        let measured = rows::Measured::beginning(row.made_at);
+        Ok(Self::new(row, measured, shared.clone()))
     }
 }
 

@@ -36,7 +36,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
-use model::{Assessment, CycleBackoff, Health, HealthThresholds, LogNumber, Phase, Timestamp, VmId, VmName};
+use model::{
+    Assessment, CycleBackoff, CycleTally, Health, HealthThresholds, LastError, LogNumber, Phase, Sum,
+    Timestamp, VmId, VmName,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use wire::HandedOver;
@@ -120,6 +123,10 @@ pub struct VmStatus {
     pub sent_bytes: u64,
     /// How often the VM has changed its site for good, and one more.
     pub generation: u64,
+    /// How cycles went in the monitoring window.
+    pub measured: Sum<CycleTally>,
+    /// The last error of the window, mended or not.
+    pub last_error: Option<LastError>,
 }
 
 impl VmStatus {
@@ -141,6 +148,8 @@ impl VmStatus {
             error: row.error.clone(),
             sent_bytes: 0,
             generation: row.generation,
+            measured: Sum::default(),
+            last_error: None,
         }
     }
 }
@@ -264,6 +273,13 @@ impl<P: Ports> Primary<P> {
         rows::remove(&self.shared.catalog, status.vm).await?;
         self.lock().remove(name);
         Ok(())
+    }
+
+    /// Begins a new monitoring window; the status is the one before, with what the window had come to.
+    pub async fn reset_measurements(&self, name: &VmName) -> Result<VmStatus, Error> {
+        let before = self.get(name).ok_or_else(|| Error::NoSuchVm(name.clone()))?;
+        self.order(name, Order::Reset, WhenRunning::Wait).await?;
+        Ok(before)
     }
 
     /// Ends the protection; nothing of ours stays in QEMU. The replica keeps what it has.

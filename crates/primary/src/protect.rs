@@ -9,7 +9,7 @@ use crate::ProtectRequest;
 use crate::error::Error;
 use crate::ports::{Disk, Guest, Ports};
 use crate::relationship::{Relationship, Shared, first_phase};
-use crate::rows::{self, KnownDisk, Protected, Settings};
+use crate::rows::{self, KnownDisk, Measured, Protected, Settings};
 
 impl<P: Ports> Relationship<P> {
     /// Finds the VM's disks and writes the relationship down. Nothing is replicated before its first cycle.
@@ -32,7 +32,7 @@ impl<P: Ports> Relationship<P> {
         durable_step("primary::protect::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::protect::saved");
-        Ok(Self::new(row, shared.clone()))
+        Ok(Self::new(row, Measured::beginning(shared.now()), shared.clone()))
     }
 }
 

@@ -1,11 +1,13 @@
 //! One protected VM: what it remembers, and what can be done with it, one thing at a time.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
-use model::{ApplyState, HealthInput, Phase, Progress, ResyncReason, Timestamp, assess};
+use model::{
+    ApplyState, CycleTally, HealthInput, LastError, Lately, Owed, Phase, Progress, Purpose, ResyncReason,
+    Timestamp, assess, tally_ms,
+};
 use steps::durable_step;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -15,11 +17,11 @@ use crate::ahead::Memory;
 use crate::cycle::CycleReport;
 use crate::error::{Error, Failure, FailureCode};
 use crate::ports::{Guest, Ports, Remote};
-use crate::rows::{self, Protected};
+use crate::rows::{self, Measured, Protected};
 use crate::{Config, VmStatus};
 
-/// Of the latest this many cycles, status tells how many were missed.
-const WINDOW_CYCLES: usize = 100;
+/// No more of an error is kept in the monitoring window, in characters.
+const ERROR_CHARS: usize = 500;
 
 /// What the relationships of a site share.
 pub struct Shared<P> {
@@ -68,7 +70,9 @@ pub struct Relationship<P: Ports> {
     /// When that was decided: a clock that shows less than this has been set back.
     booked_at: Timestamp,
     pub(crate) last_cycle: Option<CycleReport>,
-    outcomes: VecDeque<bool>,
+    measured: Measured,
+    /// When a cycle was last owed; what counts as missed begins anew with the process.
+    owed: Owed,
     sent_bytes: u64,
     pending_bytes: Option<u64>,
     stopper: Stopper,
@@ -96,15 +100,18 @@ impl Stopper {
 impl<P: Ports> Relationship<P> {
     /// All that the catalog remembers, by name.
     pub fn load(shared: &Arc<Shared<P>>) -> Result<Vec<Self>, Error> {
-        let rows = rows::load(&shared.catalog)?;
-        Ok(rows.into_iter().map(|row| Self::new(row, shared.clone())).collect())
+        let with_window = |row: Protected| {
+            let measured = Measured::load(&shared.catalog, row.vm, shared.now())?;
+            Ok(Self::new(row, measured, shared.clone()))
+        };
+        rows::load(&shared.catalog)?.into_iter().map(with_window).collect()
     }
 
-    pub(crate) fn new(row: Protected, shared: Arc<Shared<P>>) -> Self {
-        let stopper = Stopper::default();
+    pub(crate) fn new(row: Protected, measured: Measured, shared: Arc<Shared<P>>) -> Self {
+        let (stopper, loaded_at) = (Stopper::default(), shared.now());
         Self {
-            next_at: shared.now(),
-            booked_at: shared.now(),
+            next_at: loaded_at,
+            booked_at: loaded_at,
             limiter: row.settings.bandwidth_bytes_per_s.map(RateLimiter::new),
             status: Arc::new(Mutex::new(VmStatus::starting(&row))),
             row,
@@ -113,7 +120,8 @@ impl<P: Ports> Relationship<P> {
             stop: stopper.renew(),
             guest: None,
             last_cycle: None,
-            outcomes: VecDeque::new(),
+            measured,
+            owed: Owed::from(loaded_at),
             sent_bytes: 0,
             pending_bytes: None,
             stopper,
@@ -193,6 +201,7 @@ impl<P: Ports> Relationship<P> {
         self.row.error = None;
         self.row.failures = 0;
         self.book(Duration::ZERO);
+        self.owed = Owed::from(self.next_at);
         self.set_paused(false).await
     }
 
@@ -247,50 +256,91 @@ impl<P: Ports> Relationship<P> {
         outcome
     }
 
-    /// Books a cycle: when the next one is due, and what to show.
+    /// Books a cycle: when the next one is due, what to show and what to measure.
     async fn settle(&mut self, started: Timestamp, outcome: &Result<CycleReport, Failure>) {
-        let now = self.shared.now();
-        let interval = self.row.settings.interval;
-        self.outcomes.push_front(outcome.is_ok() && now.since(started) <= interval);
-        self.outcomes.truncate(WINDOW_CYCLES);
         match outcome {
-            Ok(report) => {
-                self.row.failures = 0;
-                self.row.error = None;
-                self.sent_bytes += report.log_bytes;
-                self.pending_bytes = Some(0);
-                self.last_cycle = Some(report.clone());
-                // A pass goes on at once. A cycle that took longer than its interval is not made up for.
-                let pause = if report.point.is_some() { interval } else { Duration::ZERO };
-                self.book(pause.saturating_sub(now.since(started)));
-            }
-            Err(failure) => {
-                tracing::warn!(vm = %self.row.name, error = %failure, "a cycle failed");
-                self.guest = self.guest.take().filter(|_| failure.code != FailureCode::QemuGone);
+            Ok(report) => self.settle_done(started, report),
+            // A pause, or the end of the site: no error, and nothing that was missed.
+            Err(failure) if failure.code == FailureCode::Stopped && self.stop.is_cancelled() => {
                 self.squared = false;
-                let before = self.row.error.replace(failure.clone()).map(|failure| failure.code);
-                // What the next cycle mends is no reason to wait, unless it has just failed to mend it.
-                let at_once = match failure.code {
-                    FailureCode::Stopped => true,
-                    FailureCode::ResyncRequired => before != Some(FailureCode::ResyncRequired),
-                    _ => false,
-                };
-                if at_once {
-                    self.book(Duration::ZERO);
-                } else {
-                    self.row.failures += 1;
-                    self.book(self.shared.config.backoff.delay(self.row.failures));
-                }
-                if !failure.transient {
-                    self.tell_replica().await;
-                }
+                self.book(Duration::ZERO);
+                self.owed = Owed::from(self.next_at);
             }
+            Err(failure) => self.settle_failed(failure).await,
         }
         durable_step("primary::cycle::settling");
-        if let Err(error) = self.row.save(&self.shared.catalog).await {
+        if let Err(error) = self.row.save_measured(&self.shared.catalog, &self.measured).await {
             tracing::error!(vm = %self.row.name, %error, "the cycle could not be written down");
         }
         durable_step("primary::cycle::settled");
+    }
+
+    fn settle_done(&mut self, started: Timestamp, report: &CycleReport) {
+        let (now, interval) = (self.shared.now(), self.row.settings.interval);
+        self.row.failures = 0;
+        self.row.error = None;
+        self.sent_bytes += report.log_bytes;
+        self.pending_bytes = Some(0);
+        self.last_cycle = Some(report.clone());
+        // A pass goes on at once. A cycle that took longer than its interval is not made up for.
+        let pause = if report.point.is_some() { interval } else { Duration::ZERO };
+        self.book(pause.saturating_sub(now.since(started)));
+        let tally = if report.purpose == Purpose::Changes {
+            let latency_ms = tally_ms(report.total);
+            CycleTally {
+                done: 1,
+                missed: self.owed.done(now, interval, self.next_at),
+                log_bytes: report.log_bytes,
+                log_bytes_max: report.log_bytes,
+                latency_ms,
+                latency_ms_max: latency_ms,
+                ..CycleTally::default()
+            }
+        } else {
+            self.owed = Owed::from(self.next_at);
+            CycleTally { passes: 1, ..CycleTally::default() }
+        };
+        self.note(&tally);
+    }
+
+    async fn settle_failed(&mut self, failure: &Failure) {
+        let (now, interval) = (self.shared.now(), self.row.settings.interval);
+        tracing::warn!(vm = %self.row.name, error = %failure, "a cycle failed");
+        self.guest = self.guest.take().filter(|_| failure.code != FailureCode::QemuGone);
+        self.squared = false;
+        let before = self.row.error.replace(failure.clone()).map(|failure| failure.code);
+        // What the next cycle mends is no reason to wait, unless it has just failed to mend it.
+        if failure.code == FailureCode::ResyncRequired && before != Some(FailureCode::ResyncRequired) {
+            self.book(Duration::ZERO);
+        } else {
+            self.row.failures += 1;
+            self.book(self.shared.config.backoff.delay(self.row.failures));
+        }
+        let missed = if self.row.phase == Phase::Replicating {
+            self.owed.failed(now, interval)
+        } else {
+            self.owed = Owed::from(self.next_at);
+            0
+        };
+        self.note(&CycleTally { failed: 1, missed, ..CycleTally::default() });
+        let message = failure.message.chars().take(ERROR_CHARS).collect();
+        self.measured.last_error = Some(LastError { at: now, message });
+        if !failure.transient {
+            self.tell_replica().await;
+        }
+    }
+
+    fn note(&mut self, tally: &CycleTally) {
+        self.measured.cycles.note(tally, self.shared.now(), self.shared.config.thresholds.window);
+    }
+
+    /// Begins a new monitoring window.
+    pub async fn reset_measurements(&mut self) -> Result<(), Failure> {
+        self.measured = Measured::beginning(self.shared.now());
+        durable_step("primary::measured::saving");
+        self.row.save_measured(&self.shared.catalog, &self.measured).await?;
+        durable_step("primary::measured::saved");
+        Ok(())
     }
 
     /// The next cycle is due after this time.
@@ -336,7 +386,8 @@ impl<P: Ports> Relationship<P> {
 
     /// What there is to say of it now.
     pub fn status(&self) -> VmStatus {
-        let missed = self.outcomes.iter().filter(|&&met| !met).count();
+        let now = self.shared.now();
+        let measured = self.measured.cycles.sum(now, self.shared.config.thresholds.window);
         let health = assess(
             &HealthInput {
                 phase: &self.row.phase,
@@ -344,11 +395,11 @@ impl<P: Ports> Relationship<P> {
                 paused: self.row.paused,
                 last_log_at: self.row.point_at.unwrap_or(self.row.made_at),
                 interval: self.row.settings.interval,
-                missed: (missed as u32, self.outcomes.len() as u32),
+                lately: Lately::of(&measured, now),
                 error: self.row.error.as_ref().filter(|f| !f.transient).map(|f| f.message.as_str()),
             },
             &self.shared.config.thresholds,
-            self.shared.now(),
+            now,
         );
         VmStatus {
             health,
@@ -356,6 +407,8 @@ impl<P: Ports> Relationship<P> {
             pending_bytes: self.pending_bytes,
             next_at: self.next_at,
             sent_bytes: self.sent_bytes,
+            last_error: self.measured.last_error.clone().filter(|error| error.at >= measured.since),
+            measured,
             ..VmStatus::starting(&self.row)
         }
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
-use catalog::{Catalog, params, rusqlite};
-use model::{DiskName, Phase, Shipped, Timestamp, VmId, VmName};
+use catalog::{Catalog, OptionalExtension, params, rusqlite};
+use model::{CycleTally, DiskName, LastError, Phase, Shipped, Timestamp, VmId, VmName, Window};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
 
@@ -29,6 +29,13 @@ const TABLES: &[&str] = &["
     ) STRICT;
 ", "
     ALTER TABLE protected ADD COLUMN generation INTEGER NOT NULL DEFAULT 1;  -- how often the VM has changed its site, and one more
+", "
+    -- Of its own, because it changes once in a cycle and the row above several times; and no reference to that row,
+    -- because that is replaced.
+    CREATE TABLE measured (
+        vm     TEXT PRIMARY KEY,
+        window TEXT NOT NULL            -- json: Measured
+    ) STRICT;
 "];
 
 /// What a person has set for one protected VM.
@@ -104,6 +111,30 @@ pub struct Protected {
     pub generation: u64,
 }
 
+/// The monitoring window of one protected VM.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Measured {
+    /// Its cycles.
+    pub cycles: Window<CycleTally>,
+    /// Why the last one of them that failed did.
+    pub last_error: Option<LastError>,
+}
+
+impl Measured {
+    /// One that begins now.
+    pub fn beginning(now: Timestamp) -> Self {
+        Self { cycles: Window::beginning(now), last_error: None }
+    }
+
+    /// The one that the catalog has; a new one where it has none that can be read.
+    pub fn load(catalog: &Catalog, vm: VmId, now: Timestamp) -> Result<Self, catalog::Error> {
+        let query = "SELECT window FROM measured WHERE vm = ?1";
+        let text: Option<String> =
+            catalog.read(|c| c.query_row(query, [vm.to_string()], |row| row.get(0)).optional())?;
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_else(|| Self::beginning(now)))
+    }
+}
+
 impl Protected {
     /// Bytes of all disks together.
     pub fn total_bytes(&self) -> u64 {
@@ -119,6 +150,20 @@ impl Protected {
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
         catalog.change(move |tx| row.put(tx)).await
+    }
+
+    /// Writes the row together with the window, in one transaction: a cycle that is measured costs no sync more.
+    pub async fn save_measured(&self, catalog: &Catalog, measured: &Measured) -> Result<(), catalog::Error> {
+        let (row, window) = (self.clone(), to_json(measured));
+        let put = move |tx: &catalog::Transaction<'_>| {
+            row.put(tx)?;
+            tx.execute(
+                "INSERT OR REPLACE INTO measured VALUES (?1, ?2)",
+                params![row.vm.to_string(), window],
+            )?;
+            Ok(())
+        };
+        catalog.change(put).await
     }
 
     fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
@@ -186,7 +231,12 @@ pub fn is_known(catalog: &Catalog, name: &VmName) -> Result<bool, catalog::Error
 pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
     let id = vm.to_string();
     durable_step("primary::forget::removing");
-    catalog.change(move |tx| tx.execute("DELETE FROM protected WHERE vm = ?1", [id])).await?;
+    catalog
+        .change(move |tx| {
+            tx.execute("DELETE FROM measured WHERE vm = ?1", [&id])?;
+            tx.execute("DELETE FROM protected WHERE vm = ?1", [&id])
+        })
+        .await?;
     durable_step("primary::forget::removed");
     Ok(())
 }
@@ -239,7 +289,19 @@ mod tests {
         row.save(&catalog).await.unwrap();
         let rows = load(&catalog).unwrap();
         assert_eq!(format!("{rows:?}"), format!("{:?}", [&row]));
+        let mut measured = Measured::load(&catalog, row.vm, Timestamp(9)).unwrap();
+        assert_eq!(measured, Measured::beginning(Timestamp(9)), "nothing was measured yet");
+        let tally = CycleTally { done: 3, log_bytes: 7, ..CycleTally::default() };
+        measured.cycles.note(&tally, Timestamp(10), Duration::from_secs(3600));
+        measured.last_error = Some(LastError { at: Timestamp(10), message: "cut".into() });
+        row.save_measured(&catalog, &measured).await.unwrap();
+        row.save(&catalog).await.unwrap();
+        assert_eq!(Measured::load(&catalog, row.vm, Timestamp(11)).unwrap(), measured);
         remove(&catalog, row.vm).await.unwrap();
         assert!(load(&catalog).unwrap().is_empty());
+        assert_eq!(
+            Measured::load(&catalog, row.vm, Timestamp(0)).unwrap(),
+            Measured::beginning(Timestamp(0))
+        );
     }
 }

@@ -27,6 +27,8 @@ pub(crate) enum Order {
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
     StandDown(oneshot::Sender<bool>),
+    /// Begin a new monitoring window.
+    Reset(oneshot::Sender<Result<(), Failure>>),
     /// Remove our bitmaps from QEMU and end.
     Forget(oneshot::Sender<Result<(), Failure>>),
     /// End, leaving the bitmaps to the next start of the site.
@@ -101,6 +103,7 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
     };
     relationship.publish();

@@ -5,7 +5,8 @@ mod world;
 
 use std::time::Duration;
 
-use model::{Consistency, LogNumber, Phase, Purpose};
+use model::{Consistency, Health, LogNumber, Phase, Purpose};
+use primary::ports::Ports;
 use primary::{CycleReport, Failure, FailureCode, Relationship};
 use world::{BLOCK, Fault, World, request};
 
@@ -203,5 +204,70 @@ fn orders_change_the_row() {
         check(&world, &report);
         assert_eq!(report.point, Some(Consistency::Crash));
         assert_eq!(report.note.as_deref(), Some("the agent sleeps"));
+    });
+}
+
+/// The next cycle, when it is due by itself.
+async fn when_due(world: &World, web: &mut Relationship<World>) -> Result<CycleReport, Failure> {
+    tokio::time::sleep(web.due_in().unwrap()).await;
+    write(world, 5);
+    web.cycle_now().await
+}
+
+#[test]
+fn a_window_counts_what_is_done_and_missed_and_outlives_the_process() {
+    alone(async {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = dir.path().join("catalog.sqlite");
+        let world = World::new(7, &SIZES);
+        let mut web = protected(&world, &catalog).await;
+        let sum = |web: &Relationship<World>| {
+            let sum = web.status().measured.sum;
+            (sum.done, sum.missed, sum.failed)
+        };
+        assert_eq!((sum(&web), web.status().measured.sum.passes), ((0, 0, 0), 2));
+        for _ in 0..3 {
+            when_due(&world, &mut web).await.unwrap();
+        }
+        assert_eq!(sum(&web), (3, 0, 0));
+        let measured = web.status().measured;
+        assert!(measured.sum.log_bytes >= measured.sum.log_bytes_max && measured.sum.log_bytes_max > 0);
+
+        // A failure, and the minute that it is waited out: two intervals.
+        world.lock().replica.fault = Some(Fault::Break);
+        failed(when_due(&world, &mut web).await, FailureCode::Link);
+        assert_eq!((sum(&web), web.status().last_error.unwrap().at), ((3, 0, 1), world.now()));
+        when_due(&world, &mut web).await.unwrap();
+        assert_eq!(sum(&web), (4, 2, 1));
+        let health = web.status().health;
+        assert_eq!(health.health, Health::Warning);
+        assert!(health.reason.starts_with("2 of the 6 cycles of the last"), "{}", health.reason);
+
+        // The site stops in the middle of a cycle and is away for an hour: no error, and nothing missed.
+        let (hangs, stopper) = (world.lock().replica.hangs.clone(), web.stopper());
+        world.lock().replica.fault = Some(Fault::Hang);
+        let (outcome, ()) = tokio::join!(when_due(&world, &mut web), async {
+            hangs.notified().await;
+            stopper.stop_cycle();
+        });
+        failed(outcome, FailureCode::Stopped);
+        assert_eq!((sum(&web), &web.row().error, web.row().failures), ((4, 2, 1), &None, 0));
+        drop(web);
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        let mut web = world.reload(&catalog);
+        assert_eq!(web.due_in(), Some(Duration::ZERO), "it goes on by itself");
+        when_due(&world, &mut web).await.unwrap();
+        assert_eq!((sum(&web), web.status().measured.since), ((5, 2, 1), measured.since));
+
+        // Nor is a pause held against anybody.
+        web.pause().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        web.resume().await.unwrap();
+        when_due(&world, &mut web).await.unwrap();
+        assert_eq!(sum(&web), (6, 2, 1));
+        web.reset_measurements().await.unwrap();
+        let fresh = world.reload(&catalog).status();
+        assert_eq!((fresh.measured.sum.done, fresh.last_error), (0, None));
+        assert!(fresh.measured.since > measured.since);
     });
 }

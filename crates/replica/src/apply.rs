@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use chain::{ApplyPlan, Overlay, OverlayBuilder, RecordWork, apply_batches};
 use files::File;
 use log::RecordEntry;
-use model::{ApplyState, DiskName, LogNumber};
+use model::{ApplyState, DiskName, LogNumber, ReplicaTally};
 use steps::durable_step;
 
 use crate::changemap::ChangeMap;
@@ -127,6 +127,8 @@ impl Store {
         if let Some(applying) = &mut row.doc.applying {
             applying.failed = Some((since, text));
         }
+        let tally = ReplicaTally { applies_failed: 1, ..ReplicaTally::default() };
+        row.doc.measured.note(&tally, now, config.health.window);
         // If even this fails (a full disk), the next start finds an apply that was interrupted: as good.
         durable_step("replica::apply::failing");
         if let Err(error) = self.commit_row(&mut state, row) {
@@ -140,6 +142,8 @@ impl Store {
         let mut row = state.row.clone();
         row.doc.base = base;
         row.doc.applying = None;
+        let tally = ReplicaTally { applies: 1, ..ReplicaTally::default() };
+        row.doc.measured.note(&tally, self.now(), self.inner.config.health.window);
         durable_step("replica::apply::describing");
         crate::rebuild::describe_row(&row, &state)?;
         durable_step("replica::apply::described");
@@ -148,8 +152,7 @@ impl Store {
         durable_step("replica::apply::committed");
         state.logs.retain(|number, _| *number > through);
         state.apply = ApplyState::Idle;
-        let State { logs, not_worthwhile, .. } = &mut *state;
-        not_worthwhile.retain(|group| group.iter().all(|number| logs.contains_key(number)));
+        state.forget_looked_at();
         drop(state);
         for log in &job.logs {
             // Views that have it open go on reading it. What stays for now is removed at the next start.

@@ -13,7 +13,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use chain::{CompactPlan, apply_batches, merged_header};
+use chain::{CompactPlan, CompactRule, apply_batches, merged_header};
 use files::File;
 use log::{Batcher, Encoder, RawRecord, RecordEntry, Verified};
 use model::{DiskName, LogNumber};
@@ -32,7 +32,7 @@ const WRITEBACK_BYTES: u64 = 8 << 20;
 
 impl Store {
     /// Merges what is worth merging within a group of logs. Under the VM's `work` lock.
-    pub(crate) fn compact(&self, vm: &Vm, group: &[LogNumber]) -> Result<Step> {
+    pub(crate) fn compact(&self, vm: &Vm, group: &[LogNumber], rule: CompactRule) -> Result<Step> {
         let (folder, logs) = {
             let state = vm.live()?;
             let logs: Vec<_> = group.iter().filter_map(|number| state.logs.get(number).cloned()).collect();
@@ -46,20 +46,26 @@ impl Store {
         let (mut fewer, mut written_bytes) = (0, 0);
         for part in apply_batches(&extents, self.inner.config.plan_extents_max) {
             let part: Vec<_> = logs.iter().filter(|log| part.contains(&log.row.number)).cloned().collect();
-            for (merged, bytes) in self.compact_part(vm, &folder, &part)? {
+            for (merged, bytes) in self.compact_part(vm, &folder, &part, rule)? {
                 fewer += merged - 1;
                 written_bytes += bytes;
             }
         }
         if fewer == 0 {
-            vm.lock().not_worthwhile.insert(group.to_vec());
+            vm.lock().has_looked_at(group);
             return Ok(Step::LeftAsItIs);
         }
         Ok(Step::Compacted { logs: fewer, written_bytes })
     }
 
     /// Each merge as how many logs it took and how many bytes it made.
-    fn compact_part(&self, vm: &Vm, folder: &Folder, logs: &[Arc<ChainLog>]) -> Result<Vec<(usize, u64)>> {
+    fn compact_part(
+        &self,
+        vm: &Vm,
+        folder: &Folder,
+        logs: &[Arc<ChainLog>],
+        rule: CompactRule,
+    ) -> Result<Vec<(usize, u64)>> {
         let mut done = Vec::new();
         let opened: Vec<OpenLog> = logs.iter().map(|log| log.open(folder)).collect::<Result<_>>()?;
         // Disks go by their place in the newest log's header, which the merged log takes over. Logs that
@@ -79,7 +85,7 @@ impl Store {
         }
         for (disks, run) in runs {
             let layers: Vec<_> = run.iter().map(Indexed::layer).collect();
-            for plan in CompactPlan::choose(disks.len(), &layers)? {
+            for plan in CompactPlan::choose(disks.len(), &layers, rule)? {
                 self.check_space(folder, plan.live_bytes)?;
                 let group: Vec<&Indexed> =
                     run.iter().filter(|log| plan.logs.contains(&log.log.number)).collect();

@@ -62,6 +62,7 @@ impl Store {
                 return Err(Refused::transient("wrong-number", message, Duration::from_secs(1)).into());
             }
         }
+        check_pins(&*found.live()?, newest.number)?;
         let disks = self.failover_begin(vm, newest.number)?;
         self.failover_complete(vm)?;
         Ok(disks)
@@ -78,6 +79,7 @@ impl Store {
         if failover.completing {
             return Ok(());
         }
+        check_pins(&state, failover.point)?;
         let mut row = state.row.clone();
         if let Some(failover) = &mut row.doc.failover {
             failover.completing = true;
@@ -178,6 +180,20 @@ impl Store {
     pub fn fence_of_name(&self, name: &VmName) -> Result<Option<Fence>> {
         rows::fence_of_name(self.catalog(), name)
     }
+}
+
+/// Points that a person wants kept are not given up by the way.
+fn check_pins(state: &State, point: LogNumber) -> Result<()> {
+    let others = state.row.doc.pinned.iter().filter(|pin| pin.number != point);
+    let others: Vec<String> = others.map(|pin| pin.id.to_string()).collect();
+    if others.is_empty() {
+        return Ok(());
+    }
+    let why = format!(
+        "a completed failover to point {point} ends all other points, and these are pinned by hand: {}; unpin them first",
+        others.join(", ")
+    );
+    Err(Error::PinnedByHand { vm: state.row.vm, why })
 }
 
 fn fence_of(state: &State, at: model::Timestamp) -> Fence {

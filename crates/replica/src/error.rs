@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use model::gate::Refusal;
-use model::{DiskName, LogNumber, VmId};
+use model::{DiskName, LogId, LogNumber, PointName, UnknownPoint, VmId, VmName};
 
 /// A refusal of something that a primary asked for, as it travels to the primary.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +67,32 @@ pub enum Error {
         vm: VmId,
         /// The point asked for.
         point: LogNumber,
+    },
+    /// What a person calls a point means none, or several.
+    #[error("VM {vm}: {source}")]
+    UnknownPoint {
+        /// The VM's name.
+        vm: VmName,
+        /// Which of the two.
+        source: UnknownPoint,
+    },
+    /// A point has that name already.
+    #[error("VM {vm} has a point named {name} already ({point}); choose another name, or unpin that one")]
+    NameTaken {
+        /// The VM's name.
+        vm: VmName,
+        /// The name.
+        name: PointName,
+        /// The point that has it.
+        point: LogId,
+    },
+    /// It would end points that are pinned by hand.
+    #[error("VM {vm}: {why}")]
+    PinnedByHand {
+        /// The VM.
+        vm: VmId,
+        /// Which, and what to do.
+        why: String,
     },
     /// A hold was asked for at a point that the flat files do not equal.
     #[error(
@@ -165,7 +191,9 @@ impl Error {
             Self::Gate(refusal) => refusal.condition.code(),
             Self::NoSuchVm(_) => "no-such-vm",
             Self::NoSuchDisk { .. } => "no-such-disk",
-            Self::NoSuchPoint { .. } => "no-such-point",
+            Self::NoSuchPoint { .. } | Self::UnknownPoint { .. } => "no-such-point",
+            Self::NameTaken { .. } => "name-taken",
+            Self::PinnedByHand { .. } => "pinned-by-hand",
             Self::NotTheBase { .. } => "not-the-base",
             Self::Busy { .. } => "busy",
             Self::Revoked { .. } => "view-revoked",

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use model::gate::{Access, Admission, Facts, admit};
 use model::{
-    ApplyState, Assessment, DiskName, Head, HealthInput, LogNumber, Phase, PointInfo, Timestamp, VmId,
-    VmName, assess,
+    ApplyState, Assessment, DiskName, Head, HealthInput, Lately, LogNumber, Phase, PointInfo, ReplicaTally,
+    Sum, Timestamp, VmId, VmName, Window, assess,
 };
+use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::failover::FailoverStatus;
@@ -76,6 +77,12 @@ pub struct ReplicaStatus {
     pub applied: LogNumber,
     /// The recovery points that are shown.
     pub points: Vec<PointInfo>,
+    /// What the monitoring window comes to.
+    pub measured: Sum<ReplicaTally>,
+    /// How many of the points are pinned by hand.
+    pub pinned: usize,
+    /// The bytes of logs that only these pins keep.
+    pub pin_bytes: u64,
     /// The logs that are not folded in, and the bytes of their files.
     pub logs: usize,
     /// The bytes of these logs' files.
@@ -187,7 +194,8 @@ impl Store {
             paused: doc.reported.paused,
             last_log_at: doc.last_log_at.unwrap_or(doc.made_at),
             interval: std::time::Duration::from_secs(doc.interval_s),
-            missed: (0, 0),
+            // That is the primary's to judge, which knows of the cycles that failed.
+            lately: Lately::default(),
             error: doc.reported.error.as_deref(),
         };
         let health = assess(&input, &self.inner.config.health, now);
@@ -246,6 +254,9 @@ impl Store {
             last_log_at: doc.last_log_at,
             applied: doc.base.applied,
             points: state.points.values().copied().collect(),
+            measured: doc.measured.sum(now, self.inner.config.health.window),
+            pinned: doc.pinned.len(),
+            pin_bytes: if doc.pinned.is_empty() { 0 } else { self.pin_bytes(&state) },
             logs: state.logs.len(),
             log_bytes: state.logs.values().map(|log| log.row.bytes).sum(),
             base_bytes: doc.disks.iter().map(allocated).sum(),
@@ -262,6 +273,18 @@ impl Store {
                 folded: doc.base.applied == failover.point && doc.applying.is_none(),
             }),
         })
+    }
+
+    /// Begins a new monitoring window.
+    pub fn reset_measurements(&self, vm: VmId) -> Result<()> {
+        let vm = self.vm(vm)?;
+        let mut state = vm.live()?;
+        let mut row = state.row.clone();
+        row.doc.measured = Window::beginning(self.now());
+        durable_step("replica::measured::resetting");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::measured::reset");
+        Ok(())
     }
 
     /// The VM's definition as its primary gave it.

@@ -17,11 +17,12 @@
 //!
 //! Invariants:
 //! * a log is acknowledged only when its file, its name and its row are durable; a log is whole or absent;
-//! * the base is never taken past the oldest point that is shown or pinned, and what is folded in is in every
-//!   open view: a view's bytes never change, whatever is received, applied or merged;
+//! * the base is never taken past the oldest point that is shown, read or pinned by hand, and what is folded in is in
+//!   every open view: a view's bytes never change, whatever is received, applied or merged;
 //! * an apply that was cut off anywhere is run again from its start before the base is read or changed otherwise;
 //! * between the gate's answer and the pin nothing happens: both are one step under the VM's lock;
-//! * each changed byte is written at most twice (log, base or merge: `docs/decisions/0004`);
+//! * each changed byte is written at most twice (log, base or merge: `docs/decisions/0004`), but above a point pinned by
+//!   hand (`docs/decisions/0015`);
 //! * what is lost is said: the chain ends before it, and the VM must be resynchronized.
 //!
 //! All files are reached through `Config::files`, time and chance through the config's: with `workers: 0` and
@@ -46,6 +47,7 @@ mod hold;
 mod layers;
 mod maintain;
 mod migrate;
+mod pinned;
 mod reader;
 mod rebuild;
 mod receive;
@@ -66,6 +68,7 @@ pub use gate::{Admitted, ReplicaStatus, VmFacts};
 pub use hold::{BarrierGuard, HeldDisk, Hold};
 pub use layers::Layers;
 pub use maintain::Step;
+pub use pinned::{LogRun, ShownPlan, ShownPoint};
 pub use rebuild::rebuild;
 pub use receive::UploadState;
 pub use relationship::{Offer, Standing};

@@ -1,7 +1,7 @@
 //! Keeps a replica in shape: drops points, folds logs into the base, merges logs. One step at a time:
 //! decide from what is true now, do it, decide again.
 
-use chain::{RetentionInput, RetentionPlan, plan_retention};
+use chain::{CompactRule, RetentionInput, RetentionPlan, plan_retention};
 use model::{BaseState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
 use steps::durable_step;
 
@@ -48,7 +48,7 @@ enum Decision {
     Nothing,
     Drop(Vec<LogNumber>),
     Apply(ApplyJob),
-    Compact(Vec<LogNumber>),
+    Compact(Vec<LogNumber>, CompactRule),
     Failover,
     Complete(LogNumber),
     Rewrite(Folder, Vec<DiskName>),
@@ -74,7 +74,7 @@ impl Store {
             Decision::Nothing => Ok(Step::Idle),
             Decision::Drop(points) => Ok(Step::Dropped(points)),
             Decision::Apply(job) => self.run_apply(vm, job),
-            Decision::Compact(group) => self.compact(vm, &group),
+            Decision::Compact(group, rule) => self.compact(vm, &group, rule),
             Decision::Rewrite(folder, disks) => self.rewrite(vm, &folder, &disks),
             Decision::Failover => self.carry_on_failover(vm).map(|()| Step::FailoverReady),
             Decision::Complete(point) => self.carry_on_completion(vm, point),
@@ -114,12 +114,20 @@ impl Store {
             let numbers = state.logs.range(group).map(|(number, _)| *number);
             numbers.collect::<Vec<_>>()
         });
-        let group = groups.into_iter().find(|group| !state.not_worthwhile.contains(group));
-        Ok(group.map_or(Decision::Nothing, Decision::Compact))
+        let group = groups.into_iter().find(|group| state.is_to_be_looked_at(group));
+        Ok(group.map_or(Decision::Nothing, |group| {
+            let rule = state.compact_rule(&group);
+            Decision::Compact(group, rule)
+        }))
     }
 
     /// What retention says now, and how far to apply now, if at all. Past a barrier goes only who put it up.
-    fn plan(&self, state: &State, now: Timestamp, past_barrier: bool) -> (RetentionPlan, Option<LogNumber>) {
+    pub(crate) fn plan(
+        &self,
+        state: &State,
+        now: Timestamp,
+        past_barrier: bool,
+    ) -> (RetentionPlan, Option<LogNumber>) {
         let base = BaseState {
             apply: &state.apply,
             held: state.is_held(now),
@@ -135,6 +143,7 @@ impl Store {
             logs: &logs,
             applied: state.applied(),
             pins: &pins,
+            pinned: &state.pinned(),
             held: base.stays(),
             extra_hourly,
             recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },
@@ -170,7 +179,7 @@ impl Store {
         let found = self.vm(vm)?;
         let mut state = found.live()?;
         state.retry_at = Timestamp::default();
-        state.not_worthwhile.clear();
+        state.looked_at.clear();
         drop(state);
         self.wake(vm);
         Ok(())

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use catalog::Catalog;
 use log::Header;
 use model::{
-    Head, LogId, LogNumber, Phase, PointInfo, Progress, ResyncReason, Timestamp, VmId, VmName, phase_after,
+    Head, LogId, LogNumber, Phase, PinnedPoint, PointInfo, Progress, ResyncReason, Timestamp, VmId, VmName,
+    Window, phase_after,
 };
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,9 @@ struct Description {
     /// The point that the base equals, if it is one.
     base_point: Option<PointInfo>,
     applying: Option<LogNumber>,
+    /// The points that people have pinned. One too many here does no harm, one too few would.
+    #[serde(default)]
+    pinned: Vec<PinnedPoint>,
 }
 
 /// Writes a VM's description into its folder, durably.
@@ -58,6 +62,7 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
         base: doc.base.clone(),
         base_point: state.points.get(&doc.base.applied).copied(),
         applying: doc.applying.as_ref().map(|applying| applying.through),
+        pinned: doc.pinned.clone(),
     };
     let text = serde_json::to_vec_pretty(&description).expect("plain values can be written as JSON");
     let folder = Folder { files: state.files.clone(), path: row.folder.clone() };
@@ -139,6 +144,8 @@ fn rebuild_vm(catalog: &Catalog, now: Timestamp, folder: Folder, description: De
     let unbroken_base = broken.is_none() || doc.applying.is_none() && description.applying.is_none();
     let shown = description.base_point.into_iter().chain(logs.iter().filter_map(LogRow::point));
     let points: Vec<PointInfo> = shown.filter(|point| unbroken_base && point.number >= floor).collect();
+    doc.pinned = description.pinned;
+    doc.pinned.retain(|pin| points.iter().any(|point| point.id == pin.id));
     if let Some(why) = broken {
         doc.damage = Some(why.clone());
         set_phase(&mut doc, Phase::ResyncRequired { why: ResyncReason::ChainBroken(why) }, now);
@@ -218,5 +225,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         removing: false,
         damage: None,
         unsure: false,
+        pinned: Vec::new(),
+        measured: Window::beginning(now),
     }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use chain::{Tip, check_next};
 use files::File;
 use log::{Header, Verified, Verifier};
-use model::{Head, LogId, LogNumber, Phase, Purpose, VmId, phase_after};
+use model::{Head, LogId, LogNumber, Phase, Purpose, ReplicaTally, VmId, phase_after, tally_ms};
 use steps::durable_step;
 
 use crate::error::{Error, Refused, Result, is_no_space};
@@ -234,6 +234,17 @@ impl Store {
         doc.last_log_at = Some(now);
         doc.reported.error = None; // it was overcome
         let point = log.point();
+        let last_point = state.points.values().next_back();
+        let gap =
+            point.zip(last_point).map_or(Duration::ZERO, |(new, last)| new.taken_at.since(last.taken_at));
+        let tally = ReplicaTally {
+            logs: 1,
+            log_bytes: log.bytes,
+            log_bytes_max: log.bytes,
+            gap_ms_max: tally_ms(gap),
+            ..ReplicaTally::default()
+        };
+        doc.measured.note(&tally, now, self.inner.config.health.window);
         let phase = phase_after(log.purpose, point.is_some(), log.progress, &doc.phase);
         set_phase(doc, phase, now);
         if point.is_some() {

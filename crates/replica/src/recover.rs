@@ -153,6 +153,9 @@ impl Store {
         }
         let gone: Vec<LogNumber> =
             state.points.keys().filter(|number| dirty || **number >= first).copied().collect();
+        for pin in row.doc.pinned.extract_if(.., |pin| gone.contains(&pin.number)) {
+            tracing::error!(vm = %state.row.name, point = %pin.id, "a point that was pinned by hand is lost with it");
+        }
         let (id, dropped) = (row.vm, gone.clone());
         durable_step("replica::recover::losing");
         self.commit(state, row, move |tx| {

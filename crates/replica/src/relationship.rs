@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName};
+use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName, Window};
 use steps::durable_step;
 
 use crate::completion::fresh_home;
@@ -274,6 +274,8 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         removing: false,
         damage: None,
         unsure: false,
+        pinned: Vec::new(),
+        measured: Window::beginning(now),
     }
 }
 

@@ -7,7 +7,8 @@ use catalog::column::{json, parsed, to_json};
 use catalog::{Catalog, Transaction, params, rusqlite};
 use log::{DiskInfo, Verified};
 use model::{
-    DiskName, Head, LogClass, LogId, LogNumber, Phase, PointInfo, Progress, Purpose, Timestamp, VmId, VmName,
+    DiskName, Head, LogClass, LogId, LogNumber, Phase, PinnedPoint, PointInfo, Progress, Purpose,
+    ReplicaTally, Timestamp, VmId, VmName, Window,
 };
 use rusqlite::types::FromSqlError;
 use serde::{Deserialize, Serialize};
@@ -161,6 +162,12 @@ pub(crate) struct VmDoc {
     /// What the flat files show may not be on the disk: an apply that may have failed in its sync was given up.
     #[serde(default)]
     pub unsure: bool,
+    /// The points that people have pinned, each of them shown.
+    #[serde(default)]
+    pub pinned: Vec<PinnedPoint>,
+    /// The monitoring window. It changes only with what is written anyway.
+    #[serde(default)]
+    pub measured: Window<ReplicaTally>,
 }
 
 pub(crate) const fn first_generation() -> u64 {

@@ -5,11 +5,12 @@
 //! the catalog under it). Whoever holds `state` sees a chain that does not change, so the gate's answer
 //! and the pin that follows from it are one step.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
+use chain::{CompactRule, FEW_LOGS};
 use files::File;
 use log::{Index, LogMeta};
 use model::{ApplyState, DiskName, Health, LogNumber, Phase, PointInfo, Timestamp, VmId};
@@ -42,7 +43,7 @@ pub(crate) struct State {
     pub points: BTreeMap<LogNumber, PointInfo>,
     pub holds: Vec<HoldRow>,
     pub apply: ApplyState,
-    /// How many read each point.
+    /// How many read each point; what a person pins is in the row.
     pub pins: BTreeMap<LogNumber, usize>,
     /// Raised when all views that are open must end.
     pub epoch: u64,
@@ -55,11 +56,17 @@ pub(crate) struct State {
     /// When a failed apply is tried again by itself.
     pub retry_at: Timestamp,
     pub health: (Health, Timestamp),
-    /// Groups of logs that are not worth merging: the answer changes only when the logs do.
-    pub not_worthwhile: BTreeSet<Vec<LogNumber>>,
+    /// Groups of logs that were looked at and are not worth merging, by their first log.
+    pub looked_at: BTreeMap<LogNumber, LookedAt>,
     /// The newest state, as the last call for digests read it.
     pub newest: Option<(LogNumber, Arc<ChainReader>)>,
     pub removed: bool,
+}
+
+/// A group of logs that was not worth merging: the answer changes only when the logs do.
+pub(crate) struct LookedAt {
+    pub logs: Vec<LogNumber>,
+    pub raw_bytes: u64,
 }
 
 impl Vm {
@@ -106,7 +113,7 @@ impl State {
             barriers_made: 0,
             retry_at: Timestamp::default(),
             health: (Health::Normal, now),
-            not_worthwhile: BTreeSet::new(),
+            looked_at: BTreeMap::new(),
             newest: None,
             removed: false,
         }
@@ -130,6 +137,56 @@ impl State {
 
     pub fn in_failover(&self) -> bool {
         matches!(self.row.doc.phase, Phase::Failover { .. })
+    }
+
+    /// The points that a person has pinned.
+    pub fn pinned(&self) -> Vec<LogNumber> {
+        self.row.doc.pinned.iter().map(|pin| pin.number).collect()
+    }
+
+    /// What is asked of a merge of these logs: what a point pinned by hand keeps from the base is merged for its
+    /// number too.
+    pub fn compact_rule(&self, group: &[LogNumber]) -> CompactRule {
+        let oldest_pin = self.row.doc.pinned.iter().map(|pin| pin.number).min();
+        match oldest_pin.zip(group.first()) {
+            Some((pin, first)) if pin < *first => CompactRule::Few,
+            _ => CompactRule::Halve,
+        }
+    }
+
+    /// Whether these logs are to be looked at for a merge. A group that grows log by log above a point pinned by
+    /// hand is looked at again only when it has grown by so much that the answer may be another.
+    pub fn is_to_be_looked_at(&self, group: &[LogNumber]) -> bool {
+        let Some(before) = group.first().and_then(|first| self.looked_at.get(first)) else { return true };
+        let grown_by = match group.strip_prefix(&before.logs[..]) {
+            Some(newer) => newer.len(),
+            None => return true,
+        };
+        match self.compact_rule(group) {
+            CompactRule::Halve => grown_by > 0,
+            CompactRule::Few => {
+                grown_by >= FEW_LOGS
+                    || grown_by > 0 && self.raw_bytes(group) > before.raw_bytes + before.raw_bytes / 2
+            }
+        }
+    }
+
+    /// Remembers that a group is not worth merging.
+    pub fn has_looked_at(&mut self, group: &[LogNumber]) {
+        let Some(first) = group.first() else { return };
+        let looked_at = LookedAt { logs: group.to_vec(), raw_bytes: self.raw_bytes(group) };
+        self.forget_looked_at();
+        self.looked_at.insert(*first, looked_at);
+    }
+
+    /// Forgets the groups that are no longer there.
+    pub fn forget_looked_at(&mut self) {
+        let Self { logs, looked_at, .. } = self;
+        looked_at.retain(|_, group| group.logs.iter().all(|number| logs.contains_key(number)));
+    }
+
+    fn raw_bytes(&self, group: &[LogNumber]) -> u64 {
+        group.iter().filter_map(|number| self.logs.get(number)).map(|log| log.row.raw_bytes).sum()
     }
 
     /// The point that the flat files equal, if they equal one.

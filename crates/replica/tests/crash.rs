@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::*;
 use model::gate::{Access, Condition};
-use model::{ApplyState, LogClass, LogNumber, Phase, Purpose};
+use model::{ApplyState, LogClass, LogNumber, Phase, PointName, Purpose};
 use replica::Error;
 use steps::FAIL_AT;
 
@@ -24,6 +24,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::apply::fail",
     "replica::completion::",
     "replica::hold::expir",
+    "replica::measured::",
     "replica::migrate::giv",
     "replica::offer::described",
     "replica::offer::updat",
@@ -46,6 +47,8 @@ enum Act {
     Hold,
     Migrate,
     Failover,
+    Pin,
+    Unpin,
 }
 
 /// The fixed life: a pass, then cycles that overwrite the same bytes over hours, so that points go, logs are
@@ -55,9 +58,11 @@ fn life() -> Vec<Act> {
     for number in 1..=LOGS {
         acts.push(Act::Ship);
         match number {
-            1 | 4..=7 | 9..=13 => acts.push(Act::Settle),
+            1 | 4..=7 | 9 | 10 | 12 => acts.push(Act::Settle),
             3 => acts.extend([Act::Settle, Act::Hold]),
             8 => acts.extend([Act::Migrate, Act::Settle]),
+            11 => acts.extend([Act::Settle, Act::Pin]),
+            13 => acts.extend([Act::Settle, Act::Unpin]),
             14 => acts.extend([Act::Settle, Act::Failover]),
             _ => {}
         }
@@ -101,6 +106,10 @@ fn primary_at(number: LogNumber) -> (Primary, Chance, TestClock) {
     (primary, chance, clock)
 }
 
+fn pinned_name() -> Option<PointName> {
+    Some(PointName::new("kept").unwrap())
+}
+
 fn live(dir: &Path) {
     let clock = TestClock::new();
     let mut acked = fs::File::create(dir.join("acked")).unwrap();
@@ -124,6 +133,8 @@ fn live(dir: &Path) {
                 site.store.release(&hold.id).unwrap();
             }
             Act::Migrate => drop(site.store.migrate(VM, &dir.join("elsewhere")).unwrap()),
+            Act::Pin => drop(site.store.pin_point(VM, &"latest".parse().unwrap(), pinned_name()).unwrap()),
+            Act::Unpin => drop(site.store.unpin_point(VM, &"kept".parse().unwrap()).unwrap()),
             Act::Failover => {
                 let newest = site.store.points(VM).unwrap().last().unwrap().number;
                 site.store.failover_begin(VM, newest).unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use catalog::Catalog;
 use common::*;
 use model::gate::{Access, Condition};
-use model::{ApplyState, LogNumber, Phase, Purpose};
+use model::{ApplyState, LogNumber, Phase, PointName, Purpose};
 use replica::{Config, Error, Step, Store};
 
 /// A small file system of our own, gone with the test.
@@ -314,9 +314,13 @@ fn a_lost_catalog_is_made_again_from_the_files() {
         bench.primary.write("vda", 0..100_000, |at| (at as u8).wrapping_mul(3));
         bench.cycle(&site);
         site.settle(VM);
+        if bench.primary.head.number == LogNumber(4) {
+            let name = Some(PointName::new("kept").unwrap());
+            site.store.pin_point(VM, &"latest".parse().unwrap(), name).unwrap();
+        }
     }
     let before = site.store.status(VM).unwrap();
-    assert!(before.applied > LogNumber(1) && before.logs > 0);
+    assert_eq!((before.applied, before.pinned), (LogNumber(4), 1), "the base stays at the pinned point");
     drop(site);
     for name in ["catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"] {
         let _ = fs::remove_file(bench.dir.path().join(name));
@@ -330,6 +334,7 @@ fn a_lost_catalog_is_made_again_from_the_files() {
     let after = site.store.status(VM).unwrap();
     assert_eq!((after.head, after.applied, after.name), (before.head, before.applied, before.name));
     assert_eq!(after.facts.phase, Phase::Replicating);
+    assert_eq!(site.store.find_point(VM, &"kept".parse().unwrap()).unwrap().number, LogNumber(4));
     assert!(before.points.iter().all(|point| after.points.contains(point)));
     site.check_points(&bench.primary);
     bench.cycle(&site);

@@ -4,12 +4,13 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::*;
 use model::gate::Access;
-use model::{LogClass, LogNumber, Phase, Purpose, ResyncReason};
-use replica::{ConsistentView, Hold};
+use model::{LogClass, LogNumber, Phase, PointName, Purpose, ResyncReason};
+use replica::{ConsistentView, Error, Hold};
 
 struct World {
     dir: tempfile::TempDir,
@@ -21,6 +22,8 @@ struct World {
     holds: Vec<Hold>,
     /// Points that were read through a view.
     parents: Vec<LogNumber>,
+    /// The naive model of pins: what is in it is there.
+    pinned: BTreeMap<LogNumber, Option<PointName>>,
     merges: usize,
     applies: usize,
     incremental: usize,
@@ -44,6 +47,7 @@ impl World {
             views: vec![],
             holds: vec![],
             parents: vec![],
+            pinned: BTreeMap::new(),
             merges: 0,
             applies: 0,
             incremental: 0,
@@ -51,7 +55,7 @@ impl World {
     }
 
     fn step(&mut self) {
-        match self.chance.below(24) {
+        match self.chance.below(28) {
             0..=7 => self.cycle(),
             8..=12 => self.maintain(),
             13..=14 => self.open_view(),
@@ -70,6 +74,8 @@ impl World {
             21 => self.release(),
             22 => self.check_digests(),
             23 if self.chance.one_in(3) => self.require_resync(),
+            24..=25 => self.pin(),
+            26 => self.unpin(),
             _ => self.site.check_changes_of_newest(&self.primary, &self.parents),
         }
     }
@@ -163,6 +169,63 @@ impl World {
         }
     }
 
+    fn pin(&mut self) {
+        let points = self.site.store.points(VM).unwrap();
+        if points.is_empty() {
+            return;
+        }
+        let point = points[self.chance.below(points.len() as u64) as usize];
+        let name =
+            self.chance.one_in(2).then(|| PointName::new(&format!("name-{}", self.chance.below(4))).unwrap());
+        let is_taken = |(number, other): (&LogNumber, &Option<PointName>)| {
+            name.is_some() && *other == name && *number != point.number
+        };
+        let taken = self.pinned.iter().any(is_taken);
+        match self.site.store.pin_point(VM, &point.id.into(), name.clone()) {
+            Ok(pin) => {
+                assert!(!taken && (pin.number, pin.id) == (point.number, point.id));
+                let known = self.pinned.entry(point.number).or_default();
+                *known = name.or_else(|| known.take());
+                assert_eq!(pin.name, *known);
+            }
+            Err(Error::NameTaken { .. }) => assert!(taken),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn unpin(&mut self) {
+        let place = self.chance.below(self.pinned.len().max(1) as u64) as usize;
+        let Some((number, name)) =
+            self.pinned.iter().nth(place).map(|(number, name)| (*number, name.clone()))
+        else {
+            return;
+        };
+        let wanted = match &name {
+            Some(name) => name.to_string().parse().unwrap(),
+            None => self.primary.ids[&number].into(),
+        };
+        assert_eq!(self.site.store.unpin_point(VM, &wanted).unwrap().number, number);
+        self.pinned.remove(&number);
+        if name.is_some() {
+            assert!(self.site.store.find_point(VM, &wanted).is_err(), "its name is gone with the pin");
+        }
+    }
+
+    /// What is pinned is shown, is called what it was called, and reads as the primary was.
+    fn check_pinned(&mut self) {
+        let shown = self.site.store.shown_points(VM).unwrap();
+        let pinned: BTreeMap<LogNumber, Option<PointName>> = shown
+            .iter()
+            .filter_map(|shown| shown.pinned.as_ref().map(|pin| (shown.point.number, pin.name.clone())))
+            .collect();
+        assert_eq!(pinned, self.pinned);
+        for number in self.pinned.keys() {
+            if let Ok(view) = self.site.view(VM, *number) {
+                check_view(&view, &self.primary.truth[number]);
+            }
+        }
+    }
+
     fn check_digests(&mut self) {
         let Some(newest) = self.primary.truth.get(&self.primary.head.number) else { return };
         for (name, bytes) in newest {
@@ -205,6 +268,7 @@ fn live(seed: u64, steps: usize) -> (usize, usize, usize) {
     let mut world = World::new(seed);
     for _ in 0..steps {
         world.step();
+        world.check_pinned();
     }
     for place in 0..world.views.len() {
         world.check_view(place);
@@ -221,8 +285,10 @@ fn live(seed: u64, steps: usize) -> (usize, usize, usize) {
     world.primary.ship(&world.site, purpose, POINT);
     world.site.settle(VM);
     world.site.check_points(&world.primary);
+    world.check_pinned();
     world.reopen();
     world.site.check_points(&world.primary);
+    world.check_pinned();
     (world.applies, world.merges, world.incremental)
 }
 

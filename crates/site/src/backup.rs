@@ -251,10 +251,12 @@ impl Backups {
         let none = |error: &dyn std::fmt::Display| {
             Failure::new(Code::NoSuchPoint, format!("{}: {error}", request.vm))
         };
-        if let Some(id) = request.point {
-            let found = points.into_iter().find(|point| point.id == id);
-            return found
-                .ok_or_else(|| none(&format!("there is no recovery point {id} to read in this way")));
+        if let Some(wanted) = &request.point {
+            let point = self.store.find_point(vm, wanted)?;
+            let readable = points.iter().any(|readable| readable.number == point.number);
+            return readable
+                .then_some(point)
+                .ok_or_else(|| none(&format!("recovery point {wanted} cannot be read in this way")));
         }
         let max_age = Duration::from_secs(self.config.backup.application_max_age_min * 60);
         let wanted = request.consistency.unwrap_or(Wanted::PreferApplication { max_age });

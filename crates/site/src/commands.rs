@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::gate::Access;
-use model::{LogNumber, VmId, VmName};
+use model::{LogNumber, PointName, PointRef, VmId, VmName};
 use primary::{Primary, ProtectRequest, Settings};
 use replica::Store;
 use serde_json::{Value, json};
@@ -20,8 +20,10 @@ use crate::events::{Event, Events};
 use crate::exports::Exports;
 use crate::failure::{Code, Failure};
 use crate::jobs::Jobs;
+use crate::measurements;
 use crate::peers::Peers;
-use crate::request::{Protect, Request};
+use crate::points;
+use crate::request::{BackupRequest, Protect, Request};
 use crate::status::VmView;
 use crate::trials::Trials;
 use crate::turn::Turns;
@@ -49,13 +51,16 @@ impl Commands for Site {
             Request::PeerRemove { name } => self.remove_peer(&name).await,
             Request::Protect(protect) => self.protect(*protect).await,
             Request::Status { vm } => self.status(vm.as_ref()),
-            Request::Points { vm } => self.points(&vm),
+            Request::Points { vm, plan: false } => points::shown(&self.store, self.replica(&vm)?),
+            Request::Points { vm, plan: true } => points::plan(&self.store, self.replica(&vm)?),
+            Request::Pin { vm, point, name } => self.pin(&vm, point, name).await,
+            Request::Unpin { vm, point } => self.unpin(&vm, point).await,
             Request::Pause { vm } => self.of_primary(self.primary.pause(&vm).await),
             Request::Resume { vm } => self.resume(&vm).await,
             Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Unprotect { vm } => self.unprotect(&vm).await,
-            Request::Backup(request) => self.jobs.run(request, reporter.clone()).await,
+            Request::Backup(request) => self.jobs.run(self.with_point_id(request), reporter.clone()).await,
             Request::Jobs => {
                 let jobs = self.jobs.list()?;
                 Ok(json!({ "jobs": jobs.iter().map(crate::jobs::Job::shown).collect::<Vec<_>>() }))
@@ -68,6 +73,7 @@ impl Commands for Site {
             Request::Unexport { export } => self.exports.remove(&export).await,
             Request::Check(check) => self.checks.run(check).await,
             Request::Checks { vm } => Ok(json!({ "checks": self.checks.list(vm.as_ref())? })),
+            Request::Measurements { vm, reset } => self.measurements(vm.as_ref(), reset).await,
             Request::Events { count } => Ok(json!({ "events": self.events_shown(count)? })),
         }
     }
@@ -159,19 +165,53 @@ impl Site {
         Ok(json!({ "vms": vms }))
     }
 
-    fn points(&self, vm: &VmName) -> Result<Value, Failure> {
-        let vm = self.replica(vm)?;
-        let points = self.store.points(vm)?;
-        let shown: Vec<Value> = points
-            .iter()
-            .map(|point| {
-                json!({
-                    "id": point.id, "number": point.number, "taken_at": rfc3339(point.taken_at),
-                    "consistency": point.consistency, "bytes": self.store.log_bytes(vm, point.number).ok().flatten(),
-                })
-            })
-            .collect();
-        Ok(json!({ "points": shown }))
+    async fn pin(&self, vm: &VmName, point: PointRef, name: Option<PointName>) -> Result<Value, Failure> {
+        let id = self.replica(vm)?;
+        let pin = self.store.run(move |store| store.pin_point(id, &point, name)).await?;
+        Ok(json!({ "vm": vm, "point": pin.id, "number": pin.number, "pinned": true, "name": pin.name }))
+    }
+
+    async fn unpin(&self, vm: &VmName, point: PointRef) -> Result<Value, Failure> {
+        let id = self.replica(vm)?;
+        let point = self.store.run(move |store| store.unpin_point(id, &point)).await?;
+        Ok(json!({ "vm": vm, "point": point.id, "number": point.number, "pinned": false }))
+    }
+
+    /// A backup that waits for days is still of the point that was meant when it was asked for. What means no point
+    /// is left as it is: the attempt refuses it, and knows more of why.
+    fn with_point_id(&self, mut request: BackupRequest) -> BackupRequest {
+        if let (Some(wanted), Some(vm)) = (&request.point, self.store.find(&request.vm))
+            && !wanted.is_latest()
+            && let Ok(point) = self.store.find_point(vm, wanted)
+        {
+            request.point = Some(point.id.into());
+        }
+        request
+    }
+
+    /// The monitoring windows, as they were before they were begun anew if that is asked for.
+    async fn measurements(&self, only: Option<&VmName>, reset: bool) -> Result<Value, Failure> {
+        let (window, now) = (self.config.thresholds().window, now());
+        let mut shown = Vec::new();
+        for status in self.primary.status().into_iter().filter(|vm| only.is_none_or(|only| vm.name == *only))
+        {
+            let status = if reset { self.primary.reset_measurements(&status.name).await? } else { status };
+            shown.push(measurements::of_primary(&status, window));
+        }
+        for vm in self.store.list() {
+            // One that is being removed just now is no longer shown.
+            let Ok(status) = self.store.status(vm) else { continue };
+            if only.is_none_or(|only| status.name == *only) {
+                shown.push(measurements::of_replica(vm, &status, window, now));
+                if reset {
+                    self.store.run(move |store| store.reset_measurements(vm)).await?;
+                }
+            }
+        }
+        match only {
+            Some(name) if shown.is_empty() => Err(no_such_vm(name)),
+            _ => Ok(json!({ "measurements": shown })),
+        }
     }
 
     async fn resume(&self, vm: &VmName) -> Result<Value, Failure> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use boot::Accelerator;
-use model::{CycleBackoff, HealthThresholds, RetryPolicy};
+use model::{CycleBackoff, HealthThresholds, RetryPolicy, WINDOW_HOURS_MAX};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Code, Failure};
@@ -105,8 +105,12 @@ impl Default for Replica {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct HealthSettings {
+    /// The monitoring window, in hours: so far back cycles count.
+    pub window_h: u64,
     /// Warning above this share of missed cycles, in percent.
     pub missed_percent: u32,
+    /// Warning above this average time from a moment to its durable acknowledgement, in seconds.
+    pub latency_max_s: u64,
     /// Warning when the newest log is older than this, in seconds (and than three intervals).
     pub warning_after_s: u64,
     /// Critical when the newest log is older than this, in seconds (and than three intervals).
@@ -117,7 +121,9 @@ impl Default for HealthSettings {
     fn default() -> Self {
         let thresholds = HealthThresholds::default();
         Self {
+            window_h: thresholds.window.as_secs() / 3600,
             missed_percent: thresholds.missed_percent,
+            latency_max_s: thresholds.latency_max.as_secs(),
             warning_after_s: thresholds.warning_after.as_secs(),
             critical_after_s: thresholds.critical_after.as_secs(),
         }
@@ -250,6 +256,8 @@ impl Config {
             ("replica.apply-workers", self.replica.apply_workers as u64, 1..=64),
             ("replica.hold-max-min", self.replica.hold_max_min, 1..=7 * 24 * 60),
             ("replica.free-reserve-mib", self.replica.free_reserve_mib, 0..=1 << 30),
+            ("health.window-h", self.health.window_h, 1..=WINDOW_HOURS_MAX),
+            ("health.latency-max-s", self.health.latency_max_s, 1..=86_400),
             ("health.missed-percent", u64::from(self.health.missed_percent), 1..=100),
             ("backup.at-once", self.backup.at_once as u64, 1..=64),
             ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
@@ -303,7 +311,9 @@ impl Config {
     #[must_use]
     pub fn thresholds(&self) -> HealthThresholds {
         HealthThresholds {
+            window: Duration::from_secs(self.health.window_h * 3600),
             missed_percent: self.health.missed_percent,
+            latency_max: Duration::from_secs(self.health.latency_max_s),
             warning_after: Duration::from_secs(self.health.warning_after_s),
             critical_after: Duration::from_secs(self.health.critical_after_s),
         }
@@ -368,7 +378,9 @@ hold-max-min = {hold}            # the longest hold of the flat files
 vms-per-peer = {vms}             # no peer may have more VMs here
 
 [health]
+window-h = {window_h}            # the monitoring window: so far back cycles count (1 to 168)
 missed-percent = {missed}        # Warning above this share of missed cycles
+latency-max-s = {latency}        # Warning above this average time from a moment to its acknowledgement
 warning-after-s = {warning}      # Warning when the newest log is older (and than three intervals)
 critical-after-s = {critical}    # Critical when the newest log is older (and than three intervals)
 
@@ -406,7 +418,9 @@ password-file = "repository.password"
         workers = replica.apply_workers,
         hold = replica.hold_max_min,
         vms = replica.vms_per_peer,
+        window_h = health.window_h,
         missed = health.missed_percent,
+        latency = health.latency_max_s,
         warning = health.warning_after_s,
         critical = health.critical_after_s,
         at_once = backup.at_once,

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backup::{open_repository, replica_named};
 use crate::config::Config;
 use crate::failure::{Code, Failure};
+use crate::points::point_or_newest;
 use crate::random;
 use crate::request::{Export, Exported};
 
@@ -123,13 +124,7 @@ impl Exports {
         let (definition, seen, disks) = match &export.what {
             Exported::Point { vm, point } => {
                 let vm = replica_named(&self.store, vm)?;
-                let points = self.store.points(vm)?;
-                let found = match point {
-                    Some(id) => points.iter().find(|point| point.id == *id),
-                    None => points.last(),
-                };
-                let no_point = "there is no such recovery point; 'afterimage points' lists those there are";
-                let point = found.ok_or_else(|| Failure::new(Code::NoSuchPoint, no_point))?;
+                let point = point_or_newest(&self.store, vm, point.as_ref())?;
                 let view = self.store.open_view(self.store.admit(vm, Access::Pinned, point.number)?)?;
                 (view.definition().unwrap_or_default(), point.id.to_string(), disks_of_view(view))
             }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{INTERVAL_DEFAULT_SECONDS, LogId, VmId, VmName};
+use model::{INTERVAL_DEFAULT_SECONDS, PointRef, VmId, VmName};
 use primary::{ProtectRequest, Settings};
 use qemu::{Layer, Qmp, rest_layers};
 use serde_json::{Value, json};
@@ -15,6 +15,7 @@ use crate::commands::Site;
 use crate::control::Reporter;
 use crate::events::Event;
 use crate::failure::{Code, Failure};
+use crate::points;
 use crate::request::{FailoverRequest, Reverse};
 use crate::status::VmView;
 
@@ -59,20 +60,9 @@ impl Site {
         }
     }
 
-    async fn unplanned(&self, vm: &VmName, point: Option<LogId>) -> Result<Value, Failure> {
+    async fn unplanned(&self, vm: &VmName, point: Option<PointRef>) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
-        let points = self.store.points(id)?;
-        let found = match point {
-            Some(wanted) => points.iter().find(|point| point.id == wanted),
-            None => points.last(),
-        };
-        let no_point = || {
-            Failure::new(
-                Code::NoSuchPoint,
-                format!("{vm} has no such recovery point; 'afterimage points {vm}' lists them"),
-            )
-        };
-        let point = *found.ok_or_else(no_point)?;
+        let point = points::point_or_newest(&self.store, id, point.as_ref())?;
         let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
         self.exports.show_failover(id).await?;
         let shown: Vec<Value> = disks

@@ -162,7 +162,11 @@ impl From<replica::Error> for Failure {
                 ..Self::new(Code::Replica, message)
             },
             replica::Error::NoSuchVm(_) => Self::new(Code::NoSuchVm, message),
-            replica::Error::NoSuchPoint { .. } => Self::new(Code::NoSuchPoint, message),
+            replica::Error::NoSuchPoint { .. } | replica::Error::UnknownPoint { .. } => {
+                Self::new(Code::NoSuchPoint, message)
+            }
+            replica::Error::NameTaken { .. } => Self::new(Code::Exists, message),
+            replica::Error::PinnedByHand { .. } => Self::new(Code::Failover, message),
             _ => Self::new(Code::Replica, message),
         }
     }

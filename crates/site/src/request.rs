@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use boot::SignOfLife;
 use model::gate::Access;
-use model::{LogId, VmName, Wanted};
+use model::{PointName, PointRef, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -47,6 +47,25 @@ pub enum Request {
     Points {
         /// The VM.
         vm: VmName,
+        /// Show what retention would do now instead.
+        #[serde(default)]
+        plan: bool,
+    },
+    /// Keeps a point whatever retention says.
+    Pin {
+        /// The VM.
+        vm: VmName,
+        /// The point.
+        point: PointRef,
+        /// What it is to be called.
+        name: Option<PointName>,
+    },
+    /// Lets a pinned point go.
+    Unpin {
+        /// The VM.
+        vm: VmName,
+        /// The point.
+        point: PointRef,
     },
     /// Stops cycles.
     Pause {
@@ -112,6 +131,13 @@ pub enum Request {
         /// The new folder.
         storage: PathBuf,
     },
+    /// What the monitoring windows come to.
+    Measurements {
+        /// Of one VM only.
+        vm: Option<VmName>,
+        /// Begin new windows; the answer has what the old ones came to.
+        reset: bool,
+    },
     /// The newest events.
     Events {
         /// How many.
@@ -128,7 +154,7 @@ pub enum FailoverRequest {
         /// The VM.
         vm: VmName,
         /// The point; the newest if none is given.
-        point: Option<LogId>,
+        point: Option<PointRef>,
         /// A VM is started from it.
         start: bool,
     },
@@ -154,7 +180,7 @@ pub enum FailoverRequest {
         /// The VM.
         vm: VmName,
         /// The point; the newest if none is given.
-        point: Option<LogId>,
+        point: Option<PointRef>,
     },
     /// Goes back to replicating; what was written since is dropped.
     Cancel {
@@ -223,7 +249,7 @@ pub struct BackupRequest {
     /// The VM.
     pub vm: VmName,
     /// A certain point.
-    pub point: Option<LogId>,
+    pub point: Option<PointRef>,
     /// The consistency wanted; the site's `prefer-application` if none is given.
     pub consistency: Option<Wanted>,
     /// What is read.
@@ -265,7 +291,7 @@ pub enum Exported {
         /// The VM.
         vm: VmName,
         /// The point; the newest if none is named.
-        point: Option<LogId>,
+        point: Option<PointRef>,
     },
     /// A backup.
     Backup {

@@ -99,6 +99,10 @@ pub struct ReplicaSide {
     pub storage: String,
     /// Bytes of the logs that are not folded into the base.
     pub log_bytes: u64,
+    /// How many recovery points are pinned by hand.
+    pub pinned: usize,
+    /// The bytes of logs that only these pins keep.
+    pub pin_bytes: u64,
     /// What the base takes up on its disk.
     pub base_bytes: u64,
     /// How many views are open.
@@ -223,6 +227,8 @@ impl VmView {
                 primary_error: status.reported.error.clone(),
                 storage: status.folder.display().to_string(),
                 log_bytes: status.log_bytes,
+                pinned: status.pinned,
+                pin_bytes: status.pin_bytes,
                 base_bytes: status.base_bytes,
                 views: status.views,
                 withdrawn: status.withdrawn,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use boot::Instance;
-use model::{LogId, Timestamp, VmName};
+use model::{PointRef, Timestamp, VmName};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
@@ -48,7 +48,7 @@ impl Trials {
         &self,
         checks: &Checks,
         vm: VmName,
-        point: Option<LogId>,
+        point: Option<PointRef>,
         start: bool,
     ) -> Result<Value, Failure> {
         let what = Exported::Point { vm: vm.clone(), point };

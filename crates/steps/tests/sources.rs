@@ -18,6 +18,7 @@ const OPERATIONS: &[&str] = &["sync_all", "sync_data", "sync_dir", "sync_folder"
 /// Crate, function: its body is made of operations, its calls count as one.
 const HELPERS: &[(&str, &str)] = &[
     ("primary", "save"),
+    ("primary", "save_measured"),
     ("replica", "commit"),
     ("replica", "commit_row"),
     ("replica", "copy_sparse"),

@@ -57,6 +57,14 @@ pub enum Drive {
     Release,
     /// And time runs out.
     HoldRunsOut,
+    /// A point is pinned.
+    Pin,
+    /// And let go.
+    Unpin,
+    /// A new monitoring window is begun: at the replica's site,
+    MeasuredHere,
+    /// and at the primary's.
+    MeasuredThere,
     /// An invite is made.
     Invite,
     /// An invite is used: at the site that made it,
@@ -79,6 +87,8 @@ pub enum Drive {
 
 use Drive::*;
 
+/// What the pinned point is called.
+const PINNED: &str = "kept-for-now";
 /// As long as holds are made for, and a little more.
 const LEASE: Duration = Duration::from_millis(3200);
 
@@ -109,6 +119,9 @@ impl Drive {
             Hold => "hold",
             Release => "release",
             HoldRunsOut => "it starts with a hold that has run out",
+            Pin => "pin",
+            Unpin => "unpin",
+            MeasuredHere | MeasuredThere => "measurements --reset",
             Invite => "peer invite",
             Admit | Accept => "peer accept",
             RemovePeer => "peer remove",
@@ -144,6 +157,7 @@ impl Drive {
             }
             Remove => pair.branch.ok(&["unprotect", VM]).map(drop),
             Cancel => pair.head.ok(&["failover", "unplanned", VM]).map(drop),
+            Unpin => pair.head.ok(&["pin", VM, "latest", "--name", PINNED]).map(drop),
             Adopt => pair.die_first("replica::receive::folders", Sync),
             Rewrite => pair.die_first("replica::apply::flushed", Sync),
             EndMove => pair.die_first("replica::migrate::copied", Migrate),
@@ -239,6 +253,10 @@ impl Drive {
                 let hold = head.ok(&["hold", VM, "--for", "3s"])?;
                 order(head, &["release", hold["hold"].as_str().unwrap_or_default()])
             }
+            MeasuredHere => order(head, &["measurements", VM, "--reset"]),
+            MeasuredThere => order(branch, &["measurements", VM, "--reset"]),
+            Pin => order(head, &["pin", VM, "latest", "--name", PINNED]),
+            Unpin => order(head, &["unpin", VM, PINNED]),
             Invite => order(head, &["peer", "invite", "somebody"]),
             Admit | Accept => {
                 let invite = head.ok(&["peer", "invite", "branch"])?;
@@ -298,6 +316,12 @@ impl Drive {
                 // Nobody was told its name; its lease is short, and the next apply comes when it has run out.
                 std::thread::sleep(LEASE);
                 Ok(())
+            }
+            Pin | Unpin => {
+                // Nobody was told whether it is done; done or not, it can be undone.
+                let undone = pair.head.run(&["unpin", VM, PINNED])?;
+                let fine = undone.status == 0 || undone.code() == Some("no-such-point");
+                if fine { Ok(()) } else { Err(trouble(format!("{undone:?}"))) }
             }
             Admit | Accept | RemovePeer => {
                 for (site, peer) in [(&pair.head, "branch"), (&pair.branch, "head")] {
