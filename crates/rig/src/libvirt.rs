@@ -19,7 +19,6 @@ const URI: &str = "qemu:///session";
 pub struct Libvirt {
     dir: PathBuf,
     is_root: bool,
-    domains: Vec<String>,
     _process: Process,
 }
 
@@ -42,7 +41,13 @@ impl Libvirt {
         let process = Process::start(&mut command)?;
         let socket = dir.join("r/libvirt/libvirt-sock");
         wait_for("libvirtd", Duration::from_secs(20), || Ok(socket.exists().then_some(())))?;
-        Ok(Self { dir: dir.to_owned(), is_root, domains: Vec::new(), _process: process })
+        Ok(Self { dir: dir.to_owned(), is_root, _process: process })
+    }
+
+    /// The URI by which a site finds it.
+    #[must_use]
+    pub fn uri(&self) -> String {
+        format!("{URI}?socket={}", self.dir.join("r/libvirt/libvirt-sock").display())
     }
 
     /// A command of the user whose daemon this is.
@@ -62,7 +67,7 @@ impl Libvirt {
     }
 
     /// Starts a domain without a system, paused, with these disks (target, qcow2 file); its processor is emulated.
-    pub fn start_domain(&mut self, name: &str, disks: &[(&str, &Path)]) -> Result<()> {
+    pub fn start_domain(&self, name: &str, disks: &[(&str, &Path)]) -> Result<()> {
         let disks: String = disks
             .iter()
             .map(|(target, path)| {
@@ -78,12 +83,39 @@ impl Libvirt {
              <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}</devices></domain>"
         );
-        let path = self.dir.join(format!("{name}.xml"));
-        fs::write(&path, xml).map_err(doing(path.display()))?;
-        self.virsh(&["define", &path.to_string_lossy()])?;
-        self.domains.push(name.to_owned());
+        self.define(name, &xml)?;
         self.virsh(&["start", name, "--paused"])?;
         Ok(())
+    }
+
+    /// Defines a domain; it is destroyed with the daemon.
+    pub fn define(&self, name: &str, xml: &str) -> Result<()> {
+        let path = self.file(&format!("{name}.xml"), xml)?;
+        self.virsh(&["define", &path.to_string_lossy()])?;
+        Ok(())
+    }
+
+    /// Writes a file that the user can read, for `virsh`.
+    pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).map_err(doing(path.display()))?;
+        self.give(&path)?;
+        Ok(path)
+    }
+
+    /// Has QEMU write a byte over a stretch of a disk that has this alias, as the guest's device would, and flush it.
+    pub fn write(&self, domain: &str, alias: &str, offset: u64, len: u64, byte: u8) -> Result<()> {
+        let device = format!("/machine/peripheral/{alias}/virtio-backend");
+        let hmp = |what: &str| {
+            let command = format!("qemu-io -d {device} \"{what}\"");
+            self.virsh(&["qemu-monitor-command", domain, "--hmp", &command])
+        };
+        let said = hmp(&format!("write -P {byte} {offset} {len}"))?;
+        // What it did it prints in QEMU's log; the monitor hears of errors alone.
+        if !said.trim().is_empty() {
+            return Err(Trouble(format!("writing {len} bytes at {offset} of {alias}: {said}")));
+        }
+        hmp("flush").map(drop)
     }
 
     /// What QEMU answers to a QMP command.
@@ -101,7 +133,7 @@ impl Libvirt {
 impl Drop for Libvirt {
     fn drop(&mut self) {
         // QEMU is not a child of the daemon.
-        for domain in &self.domains {
+        for domain in self.virsh(&["list", "--name"]).unwrap_or_default().split_whitespace() {
             let _ = self.virsh(&["destroy", domain]);
         }
     }

@@ -35,6 +35,8 @@ pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
-pub use request::{BackupRequest, Check, Export, Exported, FailoverAction, Line, Progress, Protect, Request};
+pub use request::{
+    BackupRequest, By, Check, Export, Exported, FailoverAction, Line, Progress, Protect, Request,
+};
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};
