@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::{LogNumber, Tracking, VmId};
 use qemu::libvirt::{self, find};
@@ -234,4 +234,45 @@ async fn a_folder_that_qemu_cannot_reach_is_told_with_the_way_to_open_it() {
     assert!(matches!(error, Error::OutOfReach { .. }) && error.to_string().contains(&way), "{error}");
     std::fs::set_permissions(&closed, Permissions::from_mode(0o711)).unwrap();
     Vm::connect(address).await.unwrap();
+}
+
+/// What a command and a cycle cost, for docs/libvirt.md: `cargo test -p afterimage-qemu --release --test libvirt -- --ignored
+/// --nocapture`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn a_command_costs_a_fraction_of_a_process() {
+    let world = World::new();
+    let vm = Vm::connect(world.address().await).await.unwrap();
+    let mean = |started: Instant, times: u32| started.elapsed() / times;
+    world.cycle(&vm, None, 1).await.unwrap();
+
+    let started = Instant::now();
+    for _ in 0..200 {
+        vm.qmp().run(qemu::Command::bare("query-status")).await.unwrap();
+    }
+    let ours = mean(started, 200);
+    let started = Instant::now();
+    for _ in 0..20 {
+        world.qmp("query-status", json!({}));
+    }
+    let virsh = mean(started, 20);
+    println!("query-status: {ours:?} by the daemon's protocol, {virsh:?} by a process of virsh");
+
+    let disks = vm.disks().await.unwrap();
+    let started = Instant::now();
+    for _ in 0..20 {
+        vm.resolve(&["vda".into(), "vdb".into()]).await.unwrap();
+    }
+    println!("finding two disks by their targets: {:?}", mean(started, 20));
+    let (mut whole, mut fixed) = (Duration::ZERO, Duration::ZERO);
+    for k in 1..=20 {
+        let started = Instant::now();
+        let capture = vm.begin_capture(world.request(&disks, Some(k), k + 1)).await.unwrap();
+        fixed += capture.timings.transaction;
+        vm.end_reading(capture).await.unwrap();
+        vm.commit(&disks, Some(LogNumber(k)), LogNumber(k + 1)).await.unwrap();
+        whole += started.elapsed();
+    }
+    println!("fixing a moment and letting it go: {:?}, the guest waits {:?} of it", whole / 20, fixed / 20);
+    assert!(ours * 5 < virsh);
 }
