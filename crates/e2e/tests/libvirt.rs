@@ -149,6 +149,8 @@ fn a_domain_is_protected_by_its_name_through_everything_that_befalls_it() {
     assert!(catalog.windows(needle.len()).any(|bytes| bytes == needle.as_bytes()), "the domain's XML");
 
     world.branch.ok(&["unprotect", VM]).unwrap();
+    let left = std::fs::read_dir(world.branch.dir().join("libvirt")).unwrap().count();
+    assert_eq!(left, 0, "QEMU's folder is gone");
     for (command, key) in
         [("query-jobs", "id"), ("query-block-exports", "id"), ("query-named-block-nodes", "node-name")]
     {

@@ -129,9 +129,6 @@ impl Vm {
             NbdAccess::Own(dir) => dir.join(names.socket_file()),
             NbdAccess::Existing(socket) => socket.clone(),
         };
-        if let (Some(under), NbdAccess::Own(dir)) = (&under, &address.nbd) {
-            libvirt::make_folder(dir, under.runs_as)?;
-        }
         let breaks_snapshot = takes_on_cbw_error(&qmp).await?;
         let changing = Arc::default();
         let inner = Inner { qmp, names, nbd: address.nbd, nbd_socket, under, breaks_snapshot, changing };
@@ -267,22 +264,26 @@ impl Vm {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
         bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, None, false).await?;
-        if matches!(self.inner.nbd, NbdAccess::Own(_)) {
-            nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
+        let NbdAccess::Own(dir) = &self.inner.nbd else { return Ok(()) };
+        nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
+        if self.inner.under.is_some() {
+            let _ = std::fs::remove_dir(dir); // it is made again when it is needed
         }
         Ok(())
     }
 
     pub(crate) async fn start_nbd_server(&self) -> Result<(), Error> {
         let NbdAccess::Own(dir) = &self.inner.nbd else { return Ok(()) };
-        let started = nbd_server::start(&self.inner.qmp, &self.inner.nbd_socket).await;
-        let Some(under) = &self.inner.under else { return started };
-        started.map_err(|error| match error {
+        let start = nbd_server::start(&self.inner.qmp, &self.inner.nbd_socket);
+        let Some(under) = &self.inner.under else { return start.await };
+        libvirt::make_folder(dir, under.runs_as)?;
+        start.await.map_err(|error| match error {
             Error::NbdServerRunning => {
                 Error::InTheWay { what: "an NBD server, of a backup or a migration,".into() }
             }
             Error::Refused { desc, .. } if desc.contains("Permission denied") => {
                 let why = libvirt::explain(dir, under.runs_as, under.confined_by.as_deref());
+                let _ = std::fs::remove_dir(dir); // made for nothing
                 Error::OutOfReach { folder: dir.clone(), why }
             }
             error => error,

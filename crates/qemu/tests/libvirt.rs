@@ -102,7 +102,7 @@ fn in_the_way(outcome: Result<(), Error>) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_domain_is_found_followed_through_its_lives_and_missed() {
-    let world = World::new();
+    let mut world = World::new();
     let address = world.address().await;
     let vm = Vm::connect(address.clone()).await.unwrap();
     let disks = vm.disks().await.unwrap();
@@ -114,6 +114,13 @@ async fn a_domain_is_found_followed_through_its_lives_and_missed() {
     assert_eq!(vm.pending_bytes(&disks, LogNumber(1)).await.unwrap(), 8192);
     let told = vm.definition().await.unwrap();
     assert!(told["libvirt"]["xml"].as_str().unwrap().contains("<target dev='vdb'"), "{told}");
+
+    // The daemon is restarted and QEMU is not: another connection finds everything as it was.
+    world.libvirt.restart().unwrap();
+    let gone = tokio::time::timeout(LONG, vm.qmp().closed()).await.unwrap();
+    assert!(gone.is_gone() && gone.to_string().contains("the connection to libvirt is gone"), "{gone}");
+    let vm = Vm::connect(address.clone()).await.unwrap();
+    assert_eq!(vm.inspect(&disks, LogNumber(1)).await.unwrap(), Tracking::Intact);
 
     world.virsh(&["destroy", DOMAIN]);
     let gone = tokio::time::timeout(LONG, vm.qmp().closed()).await.unwrap();
@@ -187,6 +194,7 @@ async fn what_other_programs_do_is_left_alone_and_named() {
     assert!(world.bitmaps().contains(&"theirs".to_owned()), "{:?}", world.bitmaps());
     vm.stop_tracking(&disks).await.unwrap();
     assert_eq!(world.bitmaps(), ["theirs"]);
+    assert!(!world.path("meet").exists(), "the folder goes with the last bitmap, and comes with the next");
     world.virsh(&["checkpoint-delete", DOMAIN, "theirs"]);
 
     // An NBD server that somebody started without a job.

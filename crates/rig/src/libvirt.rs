@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -19,7 +20,7 @@ const URI: &str = "qemu:///session";
 pub struct Libvirt {
     dir: PathBuf,
     is_root: bool,
-    _process: Process,
+    process: Process,
 }
 
 impl Libvirt {
@@ -36,12 +37,14 @@ impl Libvirt {
             fs::create_dir_all(&folder).map_err(doing(folder.display()))?;
             give(is_root, &folder)?;
         }
-        let mut command = command_in(dir, is_root, "libvirtd");
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Process::start(&mut command)?;
-        let socket = dir.join("r/libvirt/libvirt-sock");
-        wait_for("libvirtd", Duration::from_secs(20), || Ok(socket.exists().then_some(())))?;
-        Ok(Self { dir: dir.to_owned(), is_root, _process: process })
+        Ok(Self { dir: dir.to_owned(), is_root, process: daemon(dir, is_root)? })
+    }
+
+    /// Ends the daemon and starts it again; domains go on running.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.terminate();
+        self.process = daemon(&self.dir, self.is_root)?;
+        Ok(())
     }
 
     /// The URI by which a site finds it.
@@ -137,6 +140,16 @@ impl Drop for Libvirt {
             let _ = self.virsh(&["destroy", domain]);
         }
     }
+}
+
+fn daemon(dir: &Path, is_root: bool) -> Result<Process> {
+    let socket = dir.join("r/libvirt/libvirt-sock");
+    let _ = fs::remove_file(&socket);
+    let mut command = command_in(dir, is_root, "libvirtd");
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let process = Process::start(&mut command)?;
+    wait_for("libvirtd", Duration::from_secs(20), || Ok(UnixStream::connect(&socket).is_ok().then_some(())))?;
+    Ok(process)
 }
 
 fn give(is_root: bool, path: &Path) -> Result<()> {
