@@ -165,7 +165,7 @@ pub struct Protect {
     #[arg(long, value_name = "URI", conflicts_with = "qmp")]
     pub libvirt: Option<String>,
     /// What it is called there, if not VM.
-    #[arg(long, value_name = "NAME", requires = "libvirt")]
+    #[arg(long, value_name = "NAME", requires = "libvirt", conflicts_with = "qmp")]
     pub domain: Option<String>,
     /// The socket of QEMU's NBD server, where it has one already.
     #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
