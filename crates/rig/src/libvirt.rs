@@ -5,6 +5,7 @@ use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -15,6 +16,9 @@ use crate::{Result, Trouble, doing};
 /// Debian's user nobody and its group nogroup: root's libvirt would be the machine's.
 const NOBODY: u32 = 65534;
 const URI: &str = "qemu:///session";
+
+/// Tells the daemons of one process apart.
+static NEXT_HOST: AtomicU64 = AtomicU64::new(1);
 
 /// A running daemon and its domains.
 pub struct Libvirt {
@@ -33,10 +37,16 @@ impl Libvirt {
         fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let uid = tool(Command::new("id").arg("-u"))?;
         let is_root = uid.trim() == "0";
-        for folder in [dir.to_owned(), dir.join("h"), dir.join("r")] {
+        for folder in [dir.to_owned(), dir.join("h"), dir.join("r"), dir.join("h/.config"), config_dir(dir)] {
             fs::create_dir_all(&folder).map_err(doing(folder.display()))?;
             give(is_root, &folder)?;
         }
+        // Each takes itself for a host of its own, so that domains can be migrated from one to another.
+        let path = config_dir(dir).join("libvirtd.conf");
+        let host = NEXT_HOST.fetch_add(1, Ordering::Relaxed);
+        let text = format!("host_uuid = \"{:08x}-0000-4000-8000-{host:012x}\"\n", std::process::id());
+        fs::write(&path, text).map_err(doing(path.display()))?;
+        give(is_root, &path)?;
         Ok(Self { dir: dir.to_owned(), is_root, process: daemon(dir, is_root)? })
     }
 
@@ -140,6 +150,10 @@ impl Drop for Libvirt {
             let _ = self.virsh(&["destroy", domain]);
         }
     }
+}
+
+fn config_dir(dir: &Path) -> PathBuf {
+    dir.join("h/.config/libvirt")
 }
 
 fn daemon(dir: &Path, is_root: bool) -> Result<Process> {
