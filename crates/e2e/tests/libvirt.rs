@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use common::{LONG, MIB, VM, path, sites};
-use rig::{Libvirt, Line, Site, tool};
+use rig::{Libvirt, Line, Site, tool, wait_for};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -82,14 +82,30 @@ impl World {
         self.dir.path().join(format!("{target}.qcow2"))
     }
 
-    fn qmp(&self, command: &str) -> Value {
-        self.libvirt.qmp(DOMAIN, command, &json!({})).unwrap()
+    /// Jobs, exports and nodes of ours in QEMU.
+    fn ours(&self) -> Vec<String> {
+        let questions =
+            [("query-jobs", "id"), ("query-block-exports", "id"), ("query-named-block-nodes", "node-name")];
+        let mut ours = Vec::new();
+        for (command, key) in questions {
+            let there = self.libvirt.qmp(DOMAIN, command, &json!({})).unwrap();
+            let names = there.as_array().unwrap().iter().filter_map(|item| item[key].as_str());
+            ours.extend(names.filter(|name| name.starts_with("afterimage")).map(str::to_owned));
+        }
+        ours
+    }
+
+    /// All bitmaps in QEMU.
+    fn bitmaps(&self) -> Vec<Value> {
+        let nodes = self.libvirt.qmp(DOMAIN, "query-named-block-nodes", &json!({})).unwrap();
+        let of = |node: &Value| node["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
+        nodes.as_array().unwrap().iter().flat_map(of).collect()
     }
 }
 
 #[test]
 fn a_domain_is_protected_by_its_name_through_everything_that_befalls_it() {
-    let world = World::new();
+    let mut world = World::new();
     let protected = match world.protect() {
         refused if refused.status != 0 => {
             // As root: the site's folder is closed to QEMU's user, and the message says how to open it.
@@ -110,6 +126,29 @@ fn a_domain_is_protected_by_its_name_through_everything_that_befalls_it() {
         world.write(round * 70_000, 12_345, 40 + round as u8);
         world.is_replicated();
     }
+
+    // The site is killed while a moment is fixed: QEMU keeps what was made in it, until the site is back.
+    world.branch.stop();
+    world.branch.start(&[("AFTERIMAGE_FAIL_AT", "qemu::sweep::begin:2")]).unwrap();
+    wait_for("the site to die", LONG, || Ok((!world.branch.is_running()).then_some(()))).unwrap();
+    assert!(world.ours().iter().any(|name| name.ends_with("-j0")), "{:?}", world.ours());
+    world.branch.serve().unwrap();
+    world.write(9 * MIB / 2, 50_000, 45);
+    world.is_replicated();
+
+    // Between cycles QEMU is as others want it: libvirt starts its NBD server for a pull backup.
+    world.branch.ok(&["pause", VM]).unwrap();
+    assert_eq!(world.ours(), Vec::<String>::new());
+    let backup = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{0}/backup.sock'/><disks>\
+         <disk name='vda' backup='yes' type='file'><scratch file='{0}/scratch.qcow2'/></disk>\
+         <disk name='vdb' backup='no'/></disks></domainbackup>",
+        world.dir.path().join("l").display()
+    );
+    let backup = world.libvirt.file("backup.xml", &backup).unwrap();
+    world.virsh(&["backup-begin", DOMAIN, path(&backup)]);
+    world.virsh(&["domjobabort", DOMAIN]);
+    world.branch.ok(&["resume", VM]).unwrap();
 
     // Another program's job: named, waited for, and not hindered.
     let copy = world.dir.path().join("l/copy.qcow2");
@@ -151,14 +190,7 @@ fn a_domain_is_protected_by_its_name_through_everything_that_befalls_it() {
     world.branch.ok(&["unprotect", VM]).unwrap();
     let left = std::fs::read_dir(world.branch.dir().join("libvirt")).unwrap().count();
     assert_eq!(left, 0, "QEMU's folder is gone");
-    for (command, key) in
-        [("query-jobs", "id"), ("query-block-exports", "id"), ("query-named-block-nodes", "node-name")]
-    {
-        for item in world.qmp(command).as_array().unwrap() {
-            assert!(!item[key].as_str().unwrap().starts_with("afterimage"), "{command}: {item}");
-            assert!(item["dirty-bitmaps"].as_array().is_none_or(Vec::is_empty), "{item}");
-        }
-    }
+    assert_eq!((world.ours(), world.bitmaps()), (Vec::new(), Vec::new()));
     world.virsh(&["destroy", DOMAIN]);
 }
 
