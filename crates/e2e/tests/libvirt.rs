@@ -148,6 +148,8 @@ fn a_domain_is_protected_by_its_name_through_everything_that_befalls_it() {
     let backup = world.libvirt.file("backup.xml", &backup).unwrap();
     world.virsh(&["backup-begin", DOMAIN, path(&backup)]);
     world.virsh(&["domjobabort", DOMAIN]);
+    let jobs = || world.libvirt.qmp(DOMAIN, "query-jobs", &json!({}));
+    wait_for("the backup to end", LONG, || Ok((jobs()? == json!([])).then_some(()))).unwrap();
     world.branch.ok(&["resume", VM]).unwrap();
 
     // Another program's job: named, waited for, and not hindered.

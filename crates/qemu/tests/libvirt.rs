@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use model::{LogNumber, Tracking, VmId};
 use qemu::libvirt::{self, find};
 use qemu::{CaptureRequest, Disk, Error, Monitor, NbdAccess, Vm, VmAddress};
-use rig::{Libvirt, tool};
+use rig::{Libvirt, tool, wait_for};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -189,6 +189,7 @@ async fn what_other_programs_do_is_left_alone_and_named() {
     in_the_way(world.cycle(&other, Some(2), 3).await);
     assert_eq!(world.qmp("query-block-exports", json!({})).as_array().unwrap().len(), 1);
     world.virsh(&["domjobabort", DOMAIN]);
+    wait_for("the backup to end", LONG, || Ok(world.jobs().is_empty().then_some(()))).unwrap();
     world.cycle(&vm, Some(2), 3).await.unwrap();
     let disks = vm.disks().await.unwrap();
     assert!(world.bitmaps().contains(&"theirs".to_owned()), "{:?}", world.bitmaps());
