@@ -31,7 +31,7 @@ fn job(jobs: &Value) -> Option<String> {
 fn migration(told: &Value) -> Option<String> {
     match told["status"].as_str()? {
         "none" | "completed" | "failed" | "cancelled" => None,
-        status => Some(format!("a migration, or the saving of its state ({status}),")),
+        status => Some(format!("a migration or a saving of its state ({status})")),
     }
 }
 

@@ -279,7 +279,7 @@ impl Vm {
         libvirt::make_folder(dir, under.runs_as)?;
         start.await.map_err(|error| match error {
             Error::NbdServerRunning => {
-                Error::InTheWay { what: "an NBD server, of a backup or a migration,".into() }
+                Error::InTheWay { what: "an NBD server (for a backup or a migration)".into() }
             }
             Error::Refused { desc, .. } if desc.contains("Permission denied") => {
                 let why = libvirt::explain(dir, under.runs_as, under.confined_by.as_deref());
