@@ -54,7 +54,7 @@ setup:
 	@./scripts/setup base
 
 setup-test:
-	@./scripts/setup base guest fsx
+	@./scripts/setup base libvirt guest fsx
 
 setup-bench:
 	@./scripts/setup base bench

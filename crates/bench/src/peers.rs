@@ -185,7 +185,7 @@ impl VirtNbdBackup {
 
     /// Starts a domain whose disk is what `image` is now.
     pub fn start(dir: &Path, image: &Path) -> anyhow::Result<Self> {
-        let mut libvirt = Libvirt::start(dir)?;
+        let libvirt = Libvirt::start(dir)?;
         let disk = dir.join("disk.qcow2");
         // The image is open for writing in the daemon; nobody writes to it now.
         rig::tool(

@@ -193,10 +193,16 @@ pub struct Protect {
     /// What the VM is to be called here and at the replica.
     pub vm: VmName,
     /// Its QMP socket; Afterimage needs one for itself.
-    #[arg(long, value_name = "SOCKET")]
-    pub qmp: PathBuf,
+    #[arg(long, value_name = "SOCKET", required_unless_present = "libvirt")]
+    pub qmp: Option<PathBuf>,
+    /// Instead of a QMP socket: libvirt, which runs it (qemu:///system, qemu:///session?socket=PATH).
+    #[arg(long, value_name = "URI", conflicts_with = "qmp")]
+    pub libvirt: Option<String>,
+    /// What it is called there, if not VM.
+    #[arg(long, value_name = "NAME", requires = "libvirt", conflicts_with = "qmp")]
+    pub domain: Option<String>,
     /// The socket of QEMU's NBD server, where it has one already.
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "libvirt")]
     pub nbd: Option<PathBuf>,
     /// The peer that keeps the replica.
     #[arg(long, value_name = "PEER")]
@@ -204,16 +210,17 @@ pub struct Protect {
     /// The time between two cycles, 5s to 15min.
     #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub every: Duration,
-    /// A block node to protect; repeat it for more. All writable disks if none is named.
+    /// A block node (with --libvirt: a target such as vda) to protect; repeat it for more. All writable disks if none
+    /// is named.
     #[arg(long = "disk", value_name = "NODE")]
     pub disks: Vec<String>,
     /// Hourly recovery points to keep beside the latest, 0 to 24.
     #[arg(long, default_value_t = 0)]
     pub points: u8,
-    /// The time between application-consistent points; needs --guest-agent.
-    #[arg(long, value_parser = humantime::parse_duration, requires = "guest_agent", value_name = "TIME")]
+    /// The time between application-consistent points; needs --guest-agent, or --libvirt and an agent that it knows.
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
     pub app_every: Option<Duration>,
-    /// The guest agent's socket.
+    /// The guest agent's socket; with --libvirt the agent is found.
     #[arg(long, value_name = "SOCKET")]
     pub guest_agent: Option<PathBuf>,
     /// The most that this relationship may send, in bytes per second (500k, 2M, 1G).
@@ -462,6 +469,19 @@ mod tests {
             panic!("protect was parsed as something else")
         };
         assert_eq!(protect.every.as_secs(), model::INTERVAL_DEFAULT_SECONDS);
+    }
+
+    #[test]
+    fn a_vm_is_reached_in_exactly_one_way() {
+        let protect = |more: &[&str]| {
+            let arguments = [&["afterimage", "protect", "web", "--to", "head"], more].concat();
+            Arguments::try_parse_from(arguments).is_ok()
+        };
+        assert!(protect(&["--libvirt", "qemu:///system"]) && protect(&["--qmp", "/q", "--nbd", "/n"]));
+        assert!(protect(&["--libvirt", "qemu:///system", "--domain", "www", "--app-every", "1h"]));
+        assert!(!protect(&[]) && !protect(&["--qmp", "/q", "--libvirt", "qemu:///system"]));
+        assert!(!protect(&["--qmp", "/q", "--domain", "www"]));
+        assert!(!protect(&["--libvirt", "qemu:///system", "--nbd", "/n"]));
     }
 
     #[test]

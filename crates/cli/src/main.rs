@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use model::gate::Access;
 use serde_json::{Value, json};
-use site::{BackupRequest, Code, Config, Exported, Failure, Request};
+use site::{BackupRequest, By, Code, Config, Exported, Failure, Request};
 
 use crate::args::{Arguments, Command, Peer, View};
 use crate::progress::Bar;
@@ -156,19 +156,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Peer(Peer::Accept { invite }) => Request::PeerAccept { invite: line_or_stdin(invite)? },
         Command::Peer(Peer::List) => Request::PeerList,
         Command::Peer(Peer::Remove { name }) => Request::PeerRemove { name: name.clone() },
-        Command::Protect(protect) => Request::Protect(Box::new(site::Protect {
-            vm: protect.vm.clone(),
-            qmp: absolute(&protect.qmp)?,
-            nbd: protect.nbd.as_deref().map(absolute).transpose()?,
-            to: protect.to.clone(),
-            every_s: protect.every.as_secs(),
-            disks: protect.disks.clone(),
-            points: protect.points,
-            app_every_s: protect.app_every.map(|every| every.as_secs()),
-            guest_agent: protect.guest_agent.as_deref().map(absolute).transpose()?,
-            bandwidth_bytes_per_s: protect.bandwidth,
-            sign_of_life: protect.sign_of_life.clone(),
-        })),
+        Command::Protect(protect) => Request::Protect(Box::new(wanted(protect)?)),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
         Command::Points { vm, plan } => Request::Points { vm: vm.clone(), plan: *plan },
         Command::Pin { vm, point, name } => {
@@ -226,6 +214,38 @@ fn request(command: &Command) -> Result<Request, Failure> {
         | Command::Demo { .. } => {
             return Err(Failure::new(Code::Internal, "this command is not for a running site"));
         }
+    })
+}
+
+fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
+    let by = match (&protect.qmp, &protect.libvirt) {
+        (Some(socket), None) => By::Qmp(absolute(socket)?),
+        (None, Some(uri)) => {
+            let domain = protect.domain.clone().unwrap_or_else(|| protect.vm.to_string());
+            By::Libvirt { uri: uri.clone(), domain }
+        }
+        _ => {
+            return Err(Failure::new(Code::Usage, "name a QMP socket with --qmp, or libvirt with --libvirt"));
+        }
+    };
+    if protect.app_every.is_some() && protect.guest_agent.is_none() && matches!(by, By::Qmp(_)) {
+        return Err(Failure::new(
+            Code::Usage,
+            "--app-every needs the guest agent's socket: --guest-agent SOCKET",
+        ));
+    }
+    Ok(site::Protect {
+        vm: protect.vm.clone(),
+        by,
+        nbd: protect.nbd.as_deref().map(absolute).transpose()?,
+        to: protect.to.clone(),
+        every_s: protect.every.as_secs(),
+        disks: protect.disks.clone(),
+        points: protect.points,
+        app_every_s: protect.app_every.map(|every| every.as_secs()),
+        guest_agent: protect.guest_agent.as_deref().map(absolute).transpose()?,
+        bandwidth_bytes_per_s: protect.bandwidth,
+        sign_of_life: protect.sign_of_life.clone(),
     })
 }
 

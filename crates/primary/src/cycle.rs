@@ -253,12 +253,11 @@ impl<P: Ports> Relationship<P> {
         again: bool,
     ) -> Result<(CaptureOf<P>, Consistency, Option<String>), Failure> {
         let request = CaptureRequest { disks, base: plan.base, next: plan.next, again };
-        let agent =
-            self.row.settings.guest_agent.clone().filter(|_| self.application_point_is_due(plan.purpose));
+        let agent = self.row.settings.agent().filter(|_| self.application_point_is_due(plan.purpose));
         match agent {
             None => Ok((vm.begin_capture(request).await?, Consistency::Crash, None)),
-            Some(socket) => {
-                let (capture, frozen) = vm.begin_capture_frozen(request, &socket).await?;
+            Some(agent) => {
+                let (capture, frozen) = vm.begin_capture_frozen(request, &agent).await?;
                 Ok(match frozen {
                     Ok(()) => (capture, Consistency::Application, None),
                     Err(why) => (capture, Consistency::Crash, Some(why)),

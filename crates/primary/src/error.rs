@@ -20,6 +20,8 @@ pub enum FailureCode {
     QemuGone,
     /// QEMU refused a command, or a read of the fixed moment failed.
     Qemu,
+    /// Another program does something to the VM that must not be disturbed: a backup, a copy, a migration.
+    InTheWay,
     /// The scratch reached its bound; the cycle was given up before a guest write could fail.
     ScratchFull,
     /// Both sides must be compared; the next cycle begins with that.

@@ -49,10 +49,12 @@ pub use crate::compress::Compress;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
 use crate::ports::Ports;
+pub use crate::protect::find_domain;
 pub use crate::real::{PeerClients, Real};
 pub use crate::relationship::{Relationship, Shared, Stopper};
 pub use crate::rows::{Image, KnownDisk, Protected, Settings};
 use crate::runner::{Handle, Order};
+pub use qemu::{DomainAddress, Monitor};
 
 /// How this site runs its cycles.
 #[derive(Debug, Clone)]

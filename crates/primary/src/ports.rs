@@ -22,12 +22,12 @@
 
 use std::future::Future;
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
 use model::{DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
+pub use qemu::AgentAddress;
 use serde_json::Value;
 pub use wire::{
     DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, RateLimiter, RelationshipStatus,
@@ -131,12 +131,12 @@ pub trait Guest: Send + Sync + 'static {
         request: CaptureRequest<'_, Self::Disk>,
     ) -> impl Future<Output = Result<Self::Capture, Failure>> + Send;
 
-    /// The same with the guest's file systems brought to rest by the agent at that socket. Where they cannot be,
+    /// The same with the guest's file systems brought to rest by the agent there. Where they cannot be,
     /// the moment is fixed all the same, and the second value says why it is only crash-consistent.
     fn begin_capture_frozen(
         &self,
         request: CaptureRequest<'_, Self::Disk>,
-        agent: &Path,
+        agent: &AgentAddress,
     ) -> impl Future<Output = Result<(Self::Capture, Result<(), String>), Failure>> + Send;
 
     /// Ends a fixed moment; the bitmaps stay. Goes on to its end even if it is dropped.

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use model::{INTERVAL_SECONDS, POINTS_MAX, VmId};
+use qemu::{DomainAddress, libvirt};
 use steps::durable_step;
 
 use crate::ProtectRequest;
-use crate::error::Error;
+use crate::error::{Error, Failure, FailureCode};
 use crate::ports::{Disk, Guest, Ports};
 use crate::relationship::{Relationship, Shared, first_phase};
 use crate::rows::{self, KnownDisk, Measured, Protected, Settings};
@@ -36,6 +37,23 @@ impl<P: Ports> Relationship<P> {
     }
 }
 
+/// Finds a running domain of libvirt's by its name; with an agent, if application-consistent points are wanted.
+pub async fn find_domain(uri: &str, name: &str, needs_agent: bool) -> Result<DomainAddress, Error> {
+    let found = libvirt::find(uri, name).await.map_err(|error| {
+        let message = error.to_string();
+        match error {
+            libvirt::Error::NoDomain { .. } | libvirt::Error::Uri { .. } => Error::Setting(message),
+            _ => Failure::transient(FailureCode::QemuGone, message).into(),
+        }
+    })?;
+    if needs_agent && !found.description.has_agent {
+        return Err(Error::Setting(format!(
+            "domain {name} has no channel to a guest agent, so there can be no application-consistent points; add one ('virsh edit {name}': <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>), and install qemu-guest-agent in the guest"
+        )));
+    }
+    Ok(found.address)
+}
+
 pub(crate) fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
     let seconds = settings.interval.as_secs();
     if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
@@ -62,7 +80,7 @@ pub(crate) async fn find_disks<P: Ports>(row: &Protected, ports: &P) -> Result<V
     if found.is_empty() {
         return Err(Error::Setting(format!(
             "QEMU at {} has no writable disk; name its block nodes with --disk",
-            row.settings.qmp.display()
+            row.settings.monitor
         )));
     }
     Ok(found.iter().map(Disk::known).collect())

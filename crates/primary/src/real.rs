@@ -1,19 +1,20 @@
 //! The ports of a site: QEMU, its NBD server, the wire, the system's clock and chance.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use model::{DiskName, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
-use qemu::{NbdAccess, Vm, VmAddress};
+use qemu::{Monitor, Names, NbdAccess, Vm, VmAddress};
 use serde_json::Value;
 use wire::{Client, DigestRequest, HandOver, HandedOver, Offer, RelationshipStatus, Report, Uploader};
 
 use crate::error::{Failure, FailureCode};
 use crate::ports::{
-    Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload, Which,
+    AgentAddress, Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload,
+    Which,
 };
 use crate::rows::{KnownDisk, Settings};
 
@@ -34,6 +35,8 @@ pub struct Real {
     pub run_dir: PathBuf,
     /// Where the guests' overwritten bytes go while a moment is fixed.
     pub scratch_dir: PathBuf,
+    /// Where both are for domains of libvirt's, whose QEMU may be another user's: a folder for each.
+    pub libvirt_dir: PathBuf,
     /// The most that one cycle's scratch may take, in bytes; the cycle is given up before it takes more.
     pub scratch_limit_bytes: u64,
 }
@@ -43,23 +46,39 @@ impl Ports for Real {
     type Remote = WireRemote;
 
     async fn connect(&self, vm: VmId, settings: &Settings) -> Result<QemuGuest, Failure> {
+        let (run_dir, scratch_dir) = match settings.monitor {
+            Monitor::Socket(_) => (self.run_dir.clone(), self.scratch_dir.clone()),
+            Monitor::Libvirt(_) => {
+                let folder = self.libvirt_dir.join(Names::new(vm).prefix());
+                (folder.clone(), folder)
+            }
+        };
         let nbd = match &settings.nbd {
             Some(socket) => NbdAccess::Existing(socket.clone()),
-            None => NbdAccess::Own(self.run_dir.clone()),
+            None => NbdAccess::Own(run_dir),
         };
-        let address = VmAddress { id: vm, qmp: settings.qmp.clone(), nbd };
+        let address = VmAddress { id: vm, monitor: settings.monitor.clone(), nbd };
         Ok(QemuGuest {
             vm: Vm::connect(address).await.map_err(qemu_failure)?,
-            scratch_dir: self.scratch_dir.clone(),
+            scratch_dir,
             scratch_limit_bytes: self.scratch_limit_bytes,
         })
     }
 
     async fn is_off(&self, settings: &Settings) -> bool {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
-        match tokio::net::UnixStream::connect(&settings.qmp).await {
-            Ok(_) => false,
-            Err(error) => matches!(error.kind(), ConnectionRefused | NotFound),
+        match &settings.monitor {
+            Monitor::Socket(socket) => match tokio::net::UnixStream::connect(socket).await {
+                Ok(_) => false,
+                Err(error) => matches!(error.kind(), ConnectionRefused | NotFound),
+            },
+            Monitor::Libvirt(domain) => {
+                let found = qemu::libvirt::Domain::connect(domain).await;
+                matches!(
+                    found,
+                    Err(qemu::libvirt::Error::NoDomain { .. } | qemu::libvirt::Error::NotRunning { .. })
+                )
+            }
         }
     }
 
@@ -156,7 +175,7 @@ impl Guest for QemuGuest {
     async fn begin_capture_frozen(
         &self,
         request: CaptureRequest<'_, qemu::Disk>,
-        agent: &Path,
+        agent: &AgentAddress,
     ) -> Result<(qemu::Capture, Result<(), String>), Failure> {
         let begun = self.vm.begin_capture_frozen(self.request(&request), agent).await;
         let (capture, frozen) = begun.map_err(qemu_failure)?;
@@ -322,6 +341,7 @@ impl Upload for Uploader {
 fn qemu_failure(error: qemu::Error) -> Failure {
     let code = match &error {
         qemu::Error::ScratchFull { .. } => FailureCode::ScratchFull,
+        qemu::Error::InTheWay { .. } => FailureCode::InTheWay,
         error if error.is_gone() => FailureCode::QemuGone,
         _ => FailureCode::Qemu,
     };

@@ -7,6 +7,7 @@ use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
 use model::{CycleTally, DiskName, LastError, Phase, Shipped, Timestamp, VmId, VmName, Window};
+use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
 
@@ -41,11 +42,12 @@ const TABLES: &[&str] = &["
 /// What a person has set for one protected VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// The QMP socket of the VM's QEMU.
-    pub qmp: PathBuf,
+    /// How the VM's QEMU is reached: `qmp` with a socket, or `libvirt` with a domain.
+    #[serde(flatten)]
+    pub monitor: Monitor,
     /// The NBD server's socket, where QEMU has one already.
     pub nbd: Option<PathBuf>,
-    /// The block nodes to protect; empty: every writable disk node.
+    /// The block nodes, or the targets of a domain of libvirt's, to protect; empty: every writable disk.
     pub nodes: Vec<String>,
     /// The peer that keeps the replica.
     pub peer: String,
@@ -55,7 +57,7 @@ pub struct Settings {
     pub points: u8,
     /// How often a point is application-consistent.
     pub app_every: Option<Duration>,
-    /// The guest agent's socket.
+    /// The guest agent's socket. Libvirt has that of its domains, and passes on what we say.
     pub guest_agent: Option<PathBuf>,
     /// The most that this relationship may send, in bytes per second.
     pub bandwidth_bytes_per_s: Option<u64>,
@@ -64,10 +66,21 @@ pub struct Settings {
     pub sign_of_life: Option<String>,
 }
 
+impl Settings {
+    /// Where the guest's agent is, if application-consistent points are to be made.
+    pub(crate) fn agent(&self) -> Option<AgentAddress> {
+        match (&self.guest_agent, &self.monitor) {
+            (Some(socket), _) => Some(AgentAddress::Socket(socket.clone())),
+            (None, Monitor::Libvirt(domain)) => self.app_every.map(|_| AgentAddress::Libvirt(domain.clone())),
+            (None, Monitor::Socket(_)) => None,
+        }
+    }
+}
+
 /// A disk as agreed with the replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownDisk {
-    /// The QEMU node.
+    /// The QEMU node, or the target of a domain of libvirt's.
     pub node: String,
     /// Its name on both sides.
     pub name: DiskName,
@@ -257,7 +270,7 @@ mod tests {
             vm: VmId::from_bytes([1; 16]),
             name: "web".parse().unwrap(),
             settings: Settings {
-                qmp: "/run/qmp".into(),
+                monitor: Monitor::Socket("/run/qmp".into()),
                 nbd: None,
                 nodes: vec!["vda".into()],
                 peer: "head-office".into(),
@@ -303,5 +316,21 @@ mod tests {
             Measured::load(&catalog, row.vm, Timestamp(0)).unwrap(),
             Measured::beginning(Timestamp(0))
         );
+    }
+
+    #[test]
+    fn the_settings_of_earlier_versions_are_read_and_those_of_a_domain_too() {
+        let common = r#""nbd": null, "nodes": [], "peer": "head", "interval": {"secs": 30, "nanos": 0}, "points": 0,
+            "app_every": {"secs": 3600, "nanos": 0}, "guest_agent": null, "bandwidth_bytes_per_s": null"#;
+        let read = |monitor: &str| serde_json::from_str::<Settings>(&format!("{{{monitor}, {common}}}"));
+        let plain = read(r#""qmp": "/run/qmp""#).unwrap();
+        assert_eq!((&plain.monitor, plain.agent()), (&Monitor::Socket("/run/qmp".into()), None));
+        let domain = read(r#""libvirt": {"uri": "qemu:///system", "name": "web", "uuid": "c7"}"#).unwrap();
+        let Monitor::Libvirt(address) = &domain.monitor else { panic!("{:?}", domain.monitor) };
+        assert_eq!(address.name, "web");
+        assert_eq!(domain.agent(), Some(AgentAddress::Libvirt(address.clone())));
+        let again = serde_json::from_str::<Settings>(&serde_json::to_string(&domain).unwrap()).unwrap();
+        assert_eq!(again, domain);
+        assert!(read(r#""libvrt": {}"#).is_err());
     }
 }

@@ -8,6 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use crate::libvirt::{self, Domain, DomainAddress};
 use crate::lines::{Lines, tidy};
 
 /// The longest answer that is taken from a guest, in bytes. A guest is not trusted with our memory.
@@ -21,6 +22,24 @@ const THAW_TIME: Duration = Duration::from_secs(10);
 /// What the agent drops everything before, and begins its answer with.
 const DELIMITER: u8 = 0xff;
 
+/// Where a guest's agent is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentAddress {
+    /// At this socket, which serves one client at a time.
+    Socket(PathBuf),
+    /// Through libvirt, which has its socket.
+    Libvirt(DomainAddress),
+}
+
+impl std::fmt::Display for AgentAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Socket(socket) => socket.display().fmt(f),
+            Self::Libvirt(domain) => domain.fmt(f),
+        }
+    }
+}
+
 /// Why the guest could not be brought to rest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -33,6 +52,9 @@ pub enum AgentError {
         /// Why.
         source: std::io::Error,
     },
+    /// Libvirt cannot be reached, or the agent does not answer it.
+    #[error("the guest agent cannot be reached through libvirt: {0}")]
+    Libvirt(#[from] libvirt::Error),
     /// The agent does not answer.
     #[error("the guest agent has not answered {command} within {} s: is qemu-guest-agent running in the guest, and its socket not in use by another program?", .after.as_secs())]
     NoAnswer {
@@ -70,7 +92,7 @@ pub enum AgentError {
 
 /// A connection to a guest's agent.
 pub struct GuestAgent {
-    socket: PathBuf,
+    address: AgentAddress,
     lines: Lines<Box<dyn AsyncRead + Send + Unpin>>,
     write: Box<dyn AsyncWrite + Send + Unpin>,
     /// An answer may still come that nobody waits for.
@@ -79,7 +101,7 @@ pub struct GuestAgent {
 
 impl std::fmt::Debug for GuestAgent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GuestAgent").field("socket", &self.socket).finish_non_exhaustive()
+        f.debug_struct("GuestAgent").field("address", &self.address).finish_non_exhaustive()
     }
 }
 
@@ -94,22 +116,42 @@ impl GuestAgent {
         Self::over(socket, read, write).await
     }
 
+    /// The same, wherever the agent is reached.
+    pub async fn at(address: &AgentAddress) -> Result<Self, AgentError> {
+        match address {
+            AgentAddress::Socket(socket) => Self::connect(socket).await,
+            AgentAddress::Libvirt(domain) => {
+                let stream = Domain::connect(domain).await?.agent().await?;
+                let (read, write) = tokio::io::split(stream);
+                Self::agree(address.clone(), read, write).await
+            }
+        }
+    }
+
     /// The same over a stream that is connected already. `socket` is where a thaw that failed is tried again.
     pub async fn over(
         socket: &Path,
         read: impl AsyncRead + Send + Unpin + 'static,
         write: impl AsyncWrite + Send + Unpin + 'static,
     ) -> Result<Self, AgentError> {
+        Self::agree(AgentAddress::Socket(socket.to_owned()), read, write).await
+    }
+
+    async fn agree(
+        address: AgentAddress,
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Self, AgentError> {
         let lines = Lines::with_max(Box::new(read) as Box<dyn AsyncRead + Send + Unpin>, LINE_BYTES_MAX);
-        let mut agent = Self { socket: socket.to_owned(), lines, write: Box::new(write), out_of_step: true };
+        let mut agent = Self { address, lines, write: Box::new(write), out_of_step: true };
         agent.sync().await?;
         Ok(agent)
     }
 
-    /// The agent's socket.
+    /// Where the agent is reached again.
     #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn address(&self) -> &AgentAddress {
+        &self.address
     }
 
     /// Brings all file systems to rest; gives how many.
@@ -169,7 +211,7 @@ impl GuestAgent {
                 let answer = line.rsplit(|&byte| byte == DELIMITER).next().unwrap_or_default();
                 let answer = serde_json::from_slice::<Value>(answer).unwrap_or_default();
                 if line.contains(&DELIMITER) && answer["return"] == id {
-                    return Ok(());
+                    return Ok::<(), AgentError>(());
                 }
             }
         });

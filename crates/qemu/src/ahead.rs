@@ -69,12 +69,14 @@ impl Open {
     async fn end(&self, keeps_again: bool) -> Result<(), Error> {
         sweep(&self.vm.inner.qmp, &self.vm.inner.names).await?;
         let graph = self.vm.graph().await?;
-        remove_strays(&self.vm.inner.qmp, &graph, self.vm.names(), &self.disks, keeps_again).await
+        remove_strays(&self.vm.inner.qmp, &graph, self.vm.names(), &self.disks, keeps_again).await?;
+        self.vm.free_nbd_server().await
     }
 }
 
 async fn begin(vm: Vm, disks: Vec<Disk>, base: LogNumber) -> Result<Ahead, Error> {
     let changing = vm.changing().await?;
+    vm.check_others().await?;
     vm.start_nbd_server().await?;
     let graph = vm.graph().await?;
     remove_strays(vm.qmp(), &graph, vm.names(), &disks, false).await?;

@@ -8,7 +8,7 @@
 //! A capture that fails anywhere, is dropped, or whose caller was cancelled, is taken out of QEMU by a task
 //! of its own: as long as it is there, the guest pays for it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -20,7 +20,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use crate::agent::{AgentError, GuestAgent};
+use crate::agent::{AgentAddress, AgentError, GuestAgent};
 use crate::bitmaps::{self, action};
 use crate::disks::Disk;
 use crate::error::Error;
@@ -117,9 +117,9 @@ impl Vm {
     pub async fn begin_capture_frozen(
         &self,
         request: CaptureRequest,
-        agent: &Path,
+        agent: &AgentAddress,
     ) -> Result<(Capture, Result<(), AgentError>), Error> {
-        let begun = tokio::spawn(begin(self.clone(), request, Some(agent.to_owned())));
+        let begun = tokio::spawn(begin(self.clone(), request, Some(agent.clone())));
         let (mut capture, freeze) = joined(begun).await?;
         let frozen = freeze.expect("an agent was given");
         capture.timings.frozen = frozen.as_ref().ok().copied();
@@ -205,7 +205,8 @@ impl Open {
             Err(error) if !error.is_gone() => {}
             _ => self.scratch.remove()?,
         }
-        swept
+        swept?;
+        self.vm.free_nbd_server().await
     }
 
     /// Our jobs run for ever unless somebody ends them. (QEMU shows them paused for a moment now and then.)
@@ -225,17 +226,24 @@ impl Open {
 async fn begin(
     vm: Vm,
     request: CaptureRequest,
-    agent: Option<PathBuf>,
+    agent: Option<AgentAddress>,
 ) -> Result<(Capture, Option<Freeze>), Error> {
     let changing = vm.changing().await?;
     let started = Instant::now();
+    vm.check_others().await?;
     vm.start_nbd_server().await?;
     // The agent is greeted before there is anything that costs the guest.
     let agent = match agent {
-        Some(socket) => Some(GuestAgent::connect(&socket).await),
+        Some(address) => Some(GuestAgent::at(&address).await),
         None => None,
     };
-    let scratch = prepare(&vm, &request).await?;
+    let scratch = match prepare(&vm, &request).await {
+        Ok(scratch) => scratch,
+        Err(error) => {
+            let _ = vm.free_nbd_server().await; // the next capture frees it
+            return Err(error);
+        }
+    };
     match fix(&vm, &request, &scratch, agent, started).await {
         Ok((mut capture, freeze)) => {
             let scratch = Arc::new(scratch);

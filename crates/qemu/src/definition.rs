@@ -46,6 +46,14 @@ impl Vm {
         let disks = self.disks().await.unwrap_or_default();
         let devices = disks.iter().filter_map(|disk| Some((path(disk.qdev.as_ref()?), disk.name.as_str())));
         told.insert("disk-devices".into(), Value::Object(self.types(devices.collect()).await?));
+        if let Some(domain) = self.domain() {
+            let at = domain.address();
+            let xml = domain.definition().await?;
+            told.insert(
+                "libvirt".into(),
+                json!({"uri": at.uri, "name": at.name, "uuid": at.uuid, "xml": xml}),
+            );
+        }
         Ok(Value::Object(told))
     }
 

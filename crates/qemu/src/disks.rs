@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::graph::{Graph, Node};
+use crate::libvirt::TargetDisk;
 use crate::names::is_any_ours;
 
 /// A disk of a VM.
@@ -92,6 +93,20 @@ pub(crate) fn resolve(graph: &Graph, wanted: &[String]) -> Result<Vec<Disk>, Err
         disks.push(disk(graph, found, node, &disks));
     }
     Ok(disks)
+}
+
+/// A disk of a domain of libvirt's: found by its device, and called by its target.
+pub(crate) fn of_target(graph: &Graph, target: &TargetDisk) -> Result<Disk, Error> {
+    let unusable = |why: String| Error::UnusableDisk { node: target.target.clone(), why };
+    let alias = target.alias.clone().ok_or_else(|| unusable("libvirt does not tell its device".into()))?;
+    let mut found = resolve(graph, &[alias]).map_err(|error| match error {
+        Error::UnusableDisk { why, .. } => unusable(why),
+        error => unusable(error.to_string()),
+    })?;
+    let mut disk = found.pop().ok_or_else(|| unusable("its node cannot be found".into()))?;
+    disk.name = target.target.parse().map_err(|error| unusable(format!("{error}")))?;
+    disk.node.clone_from(&target.target);
+    Ok(disk)
 }
 
 fn is_called(device: &crate::graph::Device, name: &str) -> bool {

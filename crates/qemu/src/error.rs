@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use model::ResyncReason;
 
+use crate::libvirt;
+
 /// QEMU's own classes of errors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ErrorClass {
@@ -156,6 +158,25 @@ pub enum Error {
     /// The fixed moment can no longer be read.
     #[error("the fixed moment is no longer kept: {0}")]
     CaptureBroken(String),
+    /// Libvirt cannot be reached, or does not have the domain running.
+    #[error(transparent)]
+    Libvirt(#[from] libvirt::Error),
+    /// Another program does something to the VM that must not be disturbed.
+    #[error(
+        "{what} of another program is under way in the VM: it is left alone, and the cycle is tried again until it has ended"
+    )]
+    InTheWay {
+        /// What, by name.
+        what: String,
+    },
+    /// QEMU, which libvirt runs as another user, cannot use the folder in which it is to meet us.
+    #[error("QEMU cannot use the folder {}: {why}", .folder.display())]
+    OutOfReach {
+        /// The folder.
+        folder: PathBuf,
+        /// Why not, and what to do.
+        why: String,
+    },
     /// Another capture of this VM is still open.
     #[error("another capture of this VM is still open after {} s", .waited.as_secs_f32())]
     CaptureOpen {
@@ -168,7 +189,7 @@ impl Error {
     /// Whether the connection to QEMU is no more: make a new one before anything else.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Gone { .. } | Self::Connect { .. } | Self::Busy { .. })
+        matches!(self, Self::Gone { .. } | Self::Connect { .. } | Self::Busy { .. } | Self::Libvirt(_))
     }
 
     /// Why both sides must be compared, where that is what the error means.

@@ -1,12 +1,11 @@
 //! Keeps a guest frozen while something short is done, and thaws it whatever happens.
 
-use std::path::PathBuf;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use crate::agent::{AgentError, GuestAgent};
+use crate::agent::{AgentAddress, AgentError, GuestAgent};
 
 /// How often a guest that could not be thawed is tried again, and how long between.
 const THAW_ATTEMPTS: u32 = 60;
@@ -38,7 +37,7 @@ impl GuestAgent {
     /// the future that this returns is dropped.
     pub async fn freeze_for<F: Future>(mut self, limits: FreezeLimits, work: F) -> (F::Output, Freeze) {
         let mut work = pin!(work);
-        let mut thaw = Thaw { socket: self.socket().to_owned(), armed: true };
+        let mut thaw = Thaw { agent: Some(self.address().clone()) };
         let frozen = self.freeze(limits.freeze).await;
         let since = Instant::now();
         let refusal = match frozen {
@@ -69,41 +68,40 @@ impl GuestAgent {
 
 /// The duty to thaw. Dropped unfulfilled, it goes on by itself.
 struct Thaw {
-    socket: PathBuf,
-    armed: bool,
+    /// Whose; none once it is fulfilled.
+    agent: Option<AgentAddress>,
 }
 
 impl Thaw {
     async fn now(&mut self, agent: &mut GuestAgent) -> Result<u64, AgentError> {
         let outcome = agent.thaw().await;
-        self.armed = outcome.is_err();
+        if outcome.is_ok() {
+            self.agent = None;
+        }
         outcome
     }
 }
 
 impl Drop for Thaw {
     fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        let socket = std::mem::take(&mut self.socket);
+        let Some(agent) = self.agent.take() else { return };
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn(thaw_at_last(socket))),
-            Err(_) => tracing::error!(socket = %socket.display(), "the guest may be frozen: thaw it by hand"),
+            Ok(runtime) => drop(runtime.spawn(thaw_at_last(agent))),
+            Err(_) => tracing::error!(%agent, "the guest may be frozen: thaw it by hand"),
         }
     }
 }
 
-async fn thaw_at_last(socket: PathBuf) {
+async fn thaw_at_last(agent: AgentAddress) {
     for _ in 0..THAW_ATTEMPTS {
-        let thawed = async { GuestAgent::connect(&socket).await?.thaw().await };
+        let thawed = async { GuestAgent::at(&agent).await?.thaw().await };
         match thawed.await {
-            Ok(_) => return tracing::info!(socket = %socket.display(), "the guest was thawed"),
-            Err(error) => {
-                tracing::warn!(socket = %socket.display(), %error, "the guest may be frozen; trying again")
-            }
+            Ok(_) => return tracing::info!(%agent, "the guest was thawed"),
+            // A guest whose QEMU has ended is frozen no more.
+            Err(AgentError::Libvirt(error)) if error.is_not_running() => return,
+            Err(error) => tracing::warn!(%agent, %error, "the guest may be frozen; trying again"),
         }
         sleep(THAW_PAUSE).await;
     }
-    tracing::error!(socket = %socket.display(), "the guest may be frozen and its agent does not answer: thaw it by hand");
+    tracing::error!(%agent, "the guest may be frozen and its agent does not answer: thaw it by hand");
 }

@@ -1,7 +1,8 @@
 //! QEMU as Afterimage sees it: its monitor (QMP), dirty bitmaps, one moment fixed over all disks, and the
 //! guest agent.
 //!
-//! [`Vm`] drives QEMU ≥ 7.2 and `qemu-storage-daemon` alike, by their QMP socket alone. What holds:
+//! [`Vm`] drives QEMU ≥ 7.2 and `qemu-storage-daemon` alike, by their QMP socket alone or through [`libvirt`]. What
+//! holds:
 //!
 //! * Everything made in QEMU carries the VM's own prefix ([`Names`]), so that leftovers of a run that was
 //!   killed are recognised and removed, and nothing of anybody else is ever touched.
@@ -31,9 +32,11 @@ mod disks;
 mod error;
 mod freeze;
 mod graph;
+pub mod libvirt;
 mod lines;
 mod names;
 mod nbd_server;
+mod others;
 mod power;
 mod qmp;
 mod rest;
@@ -41,15 +44,16 @@ mod scratch;
 mod sweep;
 mod vm;
 
-pub use crate::agent::{AgentError, GuestAgent, thaw_if_frozen};
+pub use crate::agent::{AgentAddress, AgentError, GuestAgent, thaw_if_frozen};
 pub use crate::ahead::Ahead;
 pub use crate::capture::{Capture, CaptureRequest, CapturedDisk, Timings};
 pub use crate::disks::{Disk, Image};
 pub use crate::error::{Error, ErrorClass};
 pub use crate::freeze::{Freeze, FreezeLimits};
 pub use crate::graph::Bitmap;
+pub use crate::libvirt::DomainAddress;
 pub use crate::names::Names;
 pub use crate::qmp::{Command, Event, Qmp, Version};
 pub use crate::rest::{Layer, rest_layers};
 pub use crate::scratch::remove_scratch;
-pub use crate::vm::{NbdAccess, Vm, VmAddress};
+pub use crate::vm::{Monitor, NbdAccess, Vm, VmAddress};

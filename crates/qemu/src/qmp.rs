@@ -101,7 +101,7 @@ impl fmt::Display for Version {
 pub struct Qmp {
     shared: Arc<Shared>,
     /// The last clone to go ends the connection.
-    _tasks: Arc<Tasks>,
+    tasks: Arc<Tasks>,
 }
 
 struct Shared {
@@ -212,7 +212,17 @@ impl Qmp {
             tokio::spawn(read_all(lines, shared.clone())).abort_handle(),
             tokio::spawn(write_all(queued, write, shared.clone())).abort_handle(),
         ];
-        Self { shared, _tasks: Arc::new(Tasks(tasks)) }
+        Self { shared, tasks: Arc::new(Tasks(tasks)) }
+    }
+
+    /// Has the connection count as gone, for the reason given, once `end` is there. For whoever has just made it.
+    pub(crate) fn close_after(&mut self, end: impl Future<Output = String> + Send + 'static) {
+        let shared = self.shared.clone();
+        let watching = tokio::spawn(async move { shared.close(end.await) }).abort_handle();
+        match Arc::get_mut(&mut self.tasks) {
+            Some(tasks) => tasks.0.push(watching),
+            None => watching.abort(),
+        }
     }
 
     /// QEMU's version, from the greeting.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use model::bitmaps::{Ours, after_durable, after_failure};
 use model::{LogNumber, Tracking, VmId};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
@@ -14,8 +15,10 @@ use crate::bitmaps;
 use crate::disks::{self, Disk};
 use crate::error::Error;
 use crate::graph::{Edges, Graph};
+use crate::libvirt::{self, Domain, DomainAddress};
 use crate::names::Names;
 use crate::nbd_server;
+use crate::others;
 use crate::qmp::{Command, Qmp, Version};
 use crate::sweep::{named_block_nodes, sweep};
 
@@ -27,6 +30,26 @@ const CAPTURE_END_TIME: Duration = Duration::from_secs(60);
 const SAFE_WITH_IO_THREADS: Version = Version { major: 8, minor: 2, micro: 0 };
 /// The oldest QEMU that we drive.
 const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
+
+/// How QEMU's monitor is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Monitor {
+    /// A QMP socket. It serves one client at a time, so it must be for us alone.
+    #[serde(rename = "qmp")]
+    Socket(PathBuf),
+    /// Libvirt has it, and passes on what we say.
+    #[serde(rename = "libvirt")]
+    Libvirt(DomainAddress),
+}
+
+impl std::fmt::Display for Monitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Socket(socket) => socket.display().fmt(f),
+            Self::Libvirt(domain) => domain.fmt(f),
+        }
+    }
+}
 
 /// How a fixed moment is read: over which NBD server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,8 +65,8 @@ pub enum NbdAccess {
 pub struct VmAddress {
     /// Which VM: names in QEMU are made from it.
     pub id: VmId,
-    /// The QMP socket. It serves one client at a time, so it must be for us alone.
-    pub qmp: PathBuf,
+    /// QEMU's monitor.
+    pub monitor: Monitor,
     /// The NBD server.
     pub nbd: NbdAccess,
 }
@@ -60,16 +83,43 @@ pub(crate) struct Inner {
     pub names: Names,
     pub nbd: NbdAccess,
     pub nbd_socket: PathBuf,
+    /// Where libvirt runs it.
+    under: Option<UnderLibvirt>,
     /// QEMU can be told to break the fixed moment rather than fail the guest's write.
     pub breaks_snapshot: bool,
     /// Held by whatever changes what we have in QEMU, and by a capture until it is taken down.
     changing: Arc<Mutex<()>>,
 }
 
+/// A VM that libvirt runs: other programs use it too, through libvirt, and its QEMU may be another user's.
+#[derive(Debug)]
+struct UnderLibvirt {
+    domain: Domain,
+    /// The user, and the group where it is known, that QEMU runs as, if not as we do.
+    runs_as: Option<(u32, Option<u32>)>,
+    confined_by: Option<String>,
+}
+
+impl UnderLibvirt {
+    async fn of(domain: Domain) -> Result<Self, Error> {
+        let told = domain.describe().await?;
+        // A daemon that is not root's runs QEMU as itself.
+        let daemon = domain.daemon_uid().filter(|&uid| uid != 0).map(|uid| (uid, None));
+        let runs_as = told.runs_as.map(|(user, group)| (user, Some(group))).or(daemon);
+        Ok(Self { domain, runs_as, confined_by: told.confined_by })
+    }
+}
+
 impl Vm {
     /// Connects to QEMU and starts its NBD server, if that is ours to do.
     pub async fn connect(address: VmAddress) -> Result<Self, Error> {
-        let qmp = Qmp::connect(&address.qmp, CONNECT_TIME).await?;
+        let (qmp, under) = match &address.monitor {
+            Monitor::Socket(socket) => (Qmp::connect(socket, CONNECT_TIME).await?, None),
+            Monitor::Libvirt(domain) => {
+                let domain = Domain::connect(domain).await?;
+                (domain.qmp().await?, Some(UnderLibvirt::of(domain).await?))
+            }
+        };
         if qmp.version() < OLDEST {
             return Err(Error::TooOld { found: qmp.version().to_string() });
         }
@@ -81,9 +131,14 @@ impl Vm {
         };
         let breaks_snapshot = takes_on_cbw_error(&qmp).await?;
         let changing = Arc::default();
-        let inner = Inner { qmp, names, nbd: address.nbd, nbd_socket, breaks_snapshot, changing };
+        let inner = Inner { qmp, names, nbd: address.nbd, nbd_socket, under, breaks_snapshot, changing };
         let vm = Self { inner: Arc::new(inner) };
-        vm.start_nbd_server().await?;
+        match vm.start_nbd_server().await {
+            // Whoever is in the way just now says nothing about whether we can be.
+            Err(Error::InTheWay { .. }) => {}
+            started => started?,
+        }
+        vm.free_nbd_server().await?;
         Ok(vm)
     }
 
@@ -92,7 +147,8 @@ impl Vm {
     pub fn over(qmp: Qmp, id: VmId, nbd_socket: PathBuf) -> Self {
         let nbd = NbdAccess::Existing(nbd_socket.clone());
         let names = Names::new(id);
-        let inner = Inner { qmp, names, nbd, nbd_socket, breaks_snapshot: false, changing: Arc::default() };
+        let (under, changing) = (None, Arc::default());
+        let inner = Inner { qmp, names, nbd, nbd_socket, under, breaks_snapshot: false, changing };
         Self { inner: Arc::new(inner) }
     }
 
@@ -126,14 +182,34 @@ impl Vm {
         &self.inner.names
     }
 
-    /// Every writable disk.
-    pub async fn disks(&self) -> Result<Vec<Disk>, Error> {
-        Ok(disks::find(&self.graph().await?))
+    /// The domain, where libvirt runs it.
+    pub(crate) fn domain(&self) -> Option<&Domain> {
+        self.inner.under.as_ref().map(|under| &under.domain)
     }
 
-    /// The disks of these nodes or devices, in this order.
+    /// Every writable disk.
+    pub async fn disks(&self) -> Result<Vec<Disk>, Error> {
+        match self.domain() {
+            Some(domain) => self.disks_of(domain, &[]).await,
+            None => Ok(disks::find(&self.graph().await?)),
+        }
+    }
+
+    /// The disks of these nodes or devices, in this order; of a domain of libvirt's those of these targets.
     pub async fn resolve(&self, nodes: &[String]) -> Result<Vec<Disk>, Error> {
-        disks::resolve(&self.graph().await?, nodes)
+        match self.domain() {
+            Some(domain) => self.disks_of(domain, nodes).await,
+            None => disks::resolve(&self.graph().await?, nodes),
+        }
+    }
+
+    /// The disks of a domain by their targets, all if none is named. Libvirt is asked each time: what QEMU calls them
+    /// changes with each start, and may change with a snapshot.
+    async fn disks_of(&self, domain: &Domain, targets: &[String]) -> Result<Vec<Disk>, Error> {
+        let told = domain.describe().await?;
+        let chosen = told.choose(targets).map_err(|(node, why)| Error::UnusableDisk { node, why })?;
+        let graph = self.graph().await?;
+        chosen.iter().map(|disk| disks::of_target(&graph, disk)).collect()
     }
 
     /// Whether bitmap `since`, with every change since the moment of that log, is on all disks and records.
@@ -180,7 +256,7 @@ impl Vm {
             let graph = self.graph().await?;
             bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, since, false).await?;
         }
-        Ok(())
+        self.free_nbd_server().await
     }
 
     /// Removes all bitmaps of ours, and the NBD server that we started if nothing uses it.
@@ -188,17 +264,46 @@ impl Vm {
         let _changing = self.changing().await?;
         let graph = self.graph().await?;
         bitmaps::repair_all(&self.inner.qmp, &graph, &self.inner.names, disks, None, false).await?;
-        if matches!(self.inner.nbd, NbdAccess::Own(_)) {
-            nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
+        let NbdAccess::Own(dir) = &self.inner.nbd else { return Ok(()) };
+        nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await?;
+        if self.inner.under.is_some() {
+            let _ = std::fs::remove_dir(dir); // it is made again when it is needed
         }
         Ok(())
     }
 
     pub(crate) async fn start_nbd_server(&self) -> Result<(), Error> {
-        match self.inner.nbd {
-            NbdAccess::Own(_) => nbd_server::start(&self.inner.qmp, &self.inner.nbd_socket).await,
-            NbdAccess::Existing(_) => Ok(()),
+        let NbdAccess::Own(dir) = &self.inner.nbd else { return Ok(()) };
+        let start = nbd_server::start(&self.inner.qmp, &self.inner.nbd_socket);
+        let Some(under) = &self.inner.under else { return start.await };
+        libvirt::make_folder(dir, under.runs_as)?;
+        start.await.map_err(|error| match error {
+            Error::NbdServerRunning => {
+                Error::InTheWay { what: "an NBD server (for a backup or a migration)".into() }
+            }
+            Error::Refused { desc, .. } if desc.contains("Permission denied") => {
+                let why = libvirt::explain(dir, under.runs_as, under.confined_by.as_deref());
+                let _ = std::fs::remove_dir(dir); // made for nothing
+                Error::OutOfReach { folder: dir.clone(), why }
+            }
+            error => error,
+        })
+    }
+
+    /// Stops the NBD server that we started where others may want to start theirs: a QEMU has only one, and libvirt
+    /// starts it for backups and migrations.
+    pub(crate) async fn free_nbd_server(&self) -> Result<(), Error> {
+        match (&self.inner.under, &self.inner.nbd) {
+            (Some(_), NbdAccess::Own(_)) => {
+                nbd_server::stop_if_idle(&self.inner.qmp, &self.inner.nbd_socket).await
+            }
+            _ => Ok(()),
         }
+    }
+
+    /// An error while another program does something to a VM of libvirt's that we might disturb.
+    pub(crate) async fn check_others(&self) -> Result<(), Error> {
+        if self.inner.under.is_some() { others::check(&self.inner.qmp).await } else { Ok(()) }
     }
 
     /// Keeps others from changing what we have in QEMU; waits for a capture that is being taken down.

@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -15,12 +17,14 @@ use crate::{Result, Trouble, doing};
 const NOBODY: u32 = 65534;
 const URI: &str = "qemu:///session";
 
+/// Tells the daemons of one process apart.
+static NEXT_HOST: AtomicU64 = AtomicU64::new(1);
+
 /// A running daemon and its domains.
 pub struct Libvirt {
     dir: PathBuf,
     is_root: bool,
-    domains: Vec<String>,
-    _process: Process,
+    process: Process,
 }
 
 impl Libvirt {
@@ -33,16 +37,30 @@ impl Libvirt {
         fs::create_dir_all(dir).map_err(doing(dir.display()))?;
         let uid = tool(Command::new("id").arg("-u"))?;
         let is_root = uid.trim() == "0";
-        for folder in [dir.to_owned(), dir.join("h"), dir.join("r")] {
+        for folder in [dir.to_owned(), dir.join("h"), dir.join("r"), dir.join("h/.config"), config_dir(dir)] {
             fs::create_dir_all(&folder).map_err(doing(folder.display()))?;
             give(is_root, &folder)?;
         }
-        let mut command = command_in(dir, is_root, "libvirtd");
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Process::start(&mut command)?;
-        let socket = dir.join("r/libvirt/libvirt-sock");
-        wait_for("libvirtd", Duration::from_secs(20), || Ok(socket.exists().then_some(())))?;
-        Ok(Self { dir: dir.to_owned(), is_root, domains: Vec::new(), _process: process })
+        // Each takes itself for a host of its own, so that domains can be migrated from one to another.
+        let path = config_dir(dir).join("libvirtd.conf");
+        let host = NEXT_HOST.fetch_add(1, Ordering::Relaxed);
+        let text = format!("host_uuid = \"{:08x}-0000-4000-8000-{host:012x}\"\n", std::process::id());
+        fs::write(&path, text).map_err(doing(path.display()))?;
+        give(is_root, &path)?;
+        Ok(Self { dir: dir.to_owned(), is_root, process: daemon(dir, is_root)? })
+    }
+
+    /// Ends the daemon and starts it again; domains go on running.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.terminate();
+        self.process = daemon(&self.dir, self.is_root)?;
+        Ok(())
+    }
+
+    /// The URI by which a site finds it.
+    #[must_use]
+    pub fn uri(&self) -> String {
+        format!("{URI}?socket={}", self.dir.join("r/libvirt/libvirt-sock").display())
     }
 
     /// A command of the user whose daemon this is.
@@ -62,7 +80,7 @@ impl Libvirt {
     }
 
     /// Starts a domain without a system, paused, with these disks (target, qcow2 file); its processor is emulated.
-    pub fn start_domain(&mut self, name: &str, disks: &[(&str, &Path)]) -> Result<()> {
+    pub fn start_domain(&self, name: &str, disks: &[(&str, &Path)]) -> Result<()> {
         let disks: String = disks
             .iter()
             .map(|(target, path)| {
@@ -78,12 +96,39 @@ impl Libvirt {
              <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}</devices></domain>"
         );
-        let path = self.dir.join(format!("{name}.xml"));
-        fs::write(&path, xml).map_err(doing(path.display()))?;
-        self.virsh(&["define", &path.to_string_lossy()])?;
-        self.domains.push(name.to_owned());
+        self.define(name, &xml)?;
         self.virsh(&["start", name, "--paused"])?;
         Ok(())
+    }
+
+    /// Defines a domain; it is destroyed with the daemon.
+    pub fn define(&self, name: &str, xml: &str) -> Result<()> {
+        let path = self.file(&format!("{name}.xml"), xml)?;
+        self.virsh(&["define", &path.to_string_lossy()])?;
+        Ok(())
+    }
+
+    /// Writes a file that the user can read, for `virsh`.
+    pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).map_err(doing(path.display()))?;
+        self.give(&path)?;
+        Ok(path)
+    }
+
+    /// Has QEMU write a byte over a stretch of a disk that has this alias, as the guest's device would, and flush it.
+    pub fn write(&self, domain: &str, alias: &str, offset: u64, len: u64, byte: u8) -> Result<()> {
+        let device = format!("/machine/peripheral/{alias}/virtio-backend");
+        let hmp = |what: &str| {
+            let command = format!("qemu-io -d {device} \"{what}\"");
+            self.virsh(&["qemu-monitor-command", domain, "--hmp", &command])
+        };
+        let said = hmp(&format!("write -P {byte} {offset} {len}"))?;
+        // What it did it prints in QEMU's log; the monitor hears of errors alone.
+        if !said.trim().is_empty() {
+            return Err(Trouble(format!("writing {len} bytes at {offset} of {alias}: {said}")));
+        }
+        hmp("flush").map(drop)
     }
 
     /// What QEMU answers to a QMP command.
@@ -101,10 +146,24 @@ impl Libvirt {
 impl Drop for Libvirt {
     fn drop(&mut self) {
         // QEMU is not a child of the daemon.
-        for domain in &self.domains {
+        for domain in self.virsh(&["list", "--name"]).unwrap_or_default().split_whitespace() {
             let _ = self.virsh(&["destroy", domain]);
         }
     }
+}
+
+fn config_dir(dir: &Path) -> PathBuf {
+    dir.join("h/.config/libvirt")
+}
+
+fn daemon(dir: &Path, is_root: bool) -> Result<Process> {
+    let socket = dir.join("r/libvirt/libvirt-sock");
+    let _ = fs::remove_file(&socket);
+    let mut command = command_in(dir, is_root, "libvirtd");
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let process = Process::start(&mut command)?;
+    wait_for("libvirtd", Duration::from_secs(20), || Ok(UnixStream::connect(&socket).is_ok().then_some(())))?;
+    Ok(process)
 }
 
 fn give(is_root: bool, path: &Path) -> Result<()> {

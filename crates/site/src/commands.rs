@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use model::gate::Access;
 use model::{LogNumber, PointName, PointRef, VmId, VmName};
-use primary::{Primary, ProtectRequest, Settings};
+use primary::{Monitor, Primary, ProtectRequest, Settings};
 use replica::Store;
 use serde_json::{Value, json};
 use wire::Invite;
@@ -23,7 +23,7 @@ use crate::jobs::Jobs;
 use crate::measurements;
 use crate::peers::Peers;
 use crate::points;
-use crate::request::{BackupRequest, Protect, Request};
+use crate::request::{BackupRequest, By, Protect, Request};
 use crate::status::VmView;
 use crate::trials::Trials;
 use crate::turn::Turns;
@@ -118,8 +118,15 @@ impl Site {
             let message = format!("this site has a replica of a VM named {name} ({vm}); choose another name");
             return Err(Failure::new(Code::Exists, message));
         }
+        let monitor = match protect.by {
+            By::Qmp(socket) => Monitor::Socket(socket),
+            By::Libvirt { uri, domain } => {
+                let needs_agent = protect.app_every_s.is_some() && protect.guest_agent.is_none();
+                Monitor::Libvirt(primary::find_domain(&uri, &domain, needs_agent).await?)
+            }
+        };
         let settings = Settings {
-            qmp: protect.qmp,
+            monitor,
             nbd: protect.nbd,
             nodes: protect.disks,
             peer: protect.to,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::{INTERVAL_DEFAULT_SECONDS, PointRef, VmId, VmName};
-use primary::{ProtectRequest, Settings};
+use primary::{Monitor, ProtectRequest, Settings};
 use qemu::{Layer, Qmp, rest_layers};
 use serde_json::{Value, json};
 
@@ -194,7 +194,7 @@ impl Site {
         let (peer, interval_s, points) = fence.replicated;
         let interval = every_s.unwrap_or(if interval_s == 0 { INTERVAL_DEFAULT_SECONDS } else { interval_s });
         let settings = Settings {
-            qmp,
+            monitor: Monitor::Socket(qmp),
             nbd,
             nodes: Vec::new(),
             peer: to.unwrap_or(peer),

@@ -41,7 +41,7 @@ pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
 pub use request::{
-    BackupRequest, Check, Export, Exported, FailoverRequest, Line, Progress, Protect, Request, Reverse,
+    BackupRequest, By, Check, Export, Exported, FailoverRequest, Line, Progress, Protect, Request, Reverse,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -220,15 +220,15 @@ pub struct Reverse {
 pub struct Protect {
     /// The VM.
     pub vm: VmName,
-    /// Its QMP socket.
-    pub qmp: PathBuf,
+    /// How its QEMU is reached.
+    pub by: By,
     /// The socket of an NBD server that QEMU has already.
     pub nbd: Option<PathBuf>,
     /// The peer.
     pub to: String,
     /// The interval in seconds.
     pub every_s: u64,
-    /// The block nodes; all writable ones if empty.
+    /// The block nodes, or targets of the domain; all writable ones if empty.
     pub disks: Vec<String>,
     /// Hourly points beside the latest.
     pub points: u8,
@@ -241,6 +241,21 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<SignOfLife>,
+}
+
+/// How a VM's QEMU is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum By {
+    /// By a QMP socket.
+    Qmp(PathBuf),
+    /// Through libvirt, which runs it.
+    Libvirt {
+        /// Libvirt's URI.
+        uri: String,
+        /// What the VM is called there.
+        domain: String,
+    },
 }
 
 /// A wish for a backup.

@@ -129,6 +129,7 @@ fn primary_ports(dir: &Path, config: &Config, peers: Arc<Peers>) -> Result<prima
         peers,
         run_dir: folder(dir, "run")?,
         scratch_dir: folder(dir, "scratch")?,
+        libvirt_dir: dir.join("libvirt"),
         scratch_limit_bytes: config.replication.scratch_limit_mib << 20,
     })
 }

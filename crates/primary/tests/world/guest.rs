@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use model::{DiskName, LogNumber, ResyncReason, Timestamp, Tracking};
 use nbd::DirtyExtent;
-use primary::ports::{self, CaptureRequest, DiskReader, Ports, Which};
+use primary::ports::{self, AgentAddress, CaptureRequest, DiskReader, Ports, Which};
 use primary::{Failure, FailureCode, KnownDisk};
 use serde_json::{Value, json};
 
@@ -249,7 +248,7 @@ impl ports::Guest for Guest {
     async fn begin_capture_frozen(
         &self,
         request: CaptureRequest<'_, KnownDisk>,
-        _agent: &Path,
+        _agent: &AgentAddress,
     ) -> Result<(Capture, Result<(), String>), Failure> {
         let capture = self.fix(&request)?;
         Ok((capture, self.world.lock().vm.restless.clone().map_or(Ok(()), Err)))

@@ -12,7 +12,9 @@ use std::time::Duration;
 use catalog::Catalog;
 use model::{CycleBackoff, HealthThresholds, Timestamp, VmId};
 use primary::ports::Ports;
-use primary::{Compress, Config, Failure, FailureCode, ProtectRequest, Relationship, Settings, Shared};
+use primary::{
+    Compress, Config, Failure, FailureCode, Monitor, ProtectRequest, Relationship, Settings, Shared,
+};
 use tokio::time::Instant;
 
 pub use guest::{BLOCK, Guest, Vm};
@@ -127,7 +129,7 @@ pub fn request() -> ProtectRequest {
     ProtectRequest {
         name: "web".parse().unwrap(),
         settings: Settings {
-            qmp: "/nowhere/qmp".into(),
+            monitor: Monitor::Socket("/nowhere/qmp".into()),
             nbd: None,
             nodes: Vec::new(),
             peer: "head-office".into(),

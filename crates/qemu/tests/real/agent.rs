@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qemu::{AgentError, FreezeLimits, GuestAgent, thaw_if_frozen};
+use qemu::{AgentAddress, AgentError, FreezeLimits, GuestAgent, thaw_if_frozen};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -172,7 +172,8 @@ async fn a_moment_is_fixed_inside_the_freeze_or_without_it() {
     let vm = process.vm().await;
     let disks = vm.disks().await.unwrap();
     let (socket, state) = guest(process.dir.path(), Guest { file_systems: 1, ..Guest::default() });
-    let (capture, frozen) = vm.begin_capture_frozen(process.request(&disks, None, 1), &socket).await.unwrap();
+    let agent = AgentAddress::Socket(socket);
+    let (capture, frozen) = vm.begin_capture_frozen(process.request(&disks, None, 1), &agent).await.unwrap();
     assert!(frozen.is_ok() && !is_frozen(&state));
     assert!(capture.timings.frozen.unwrap() >= capture.timings.transaction);
     eprintln!("{:?}", capture.timings);
@@ -180,7 +181,7 @@ async fn a_moment_is_fixed_inside_the_freeze_or_without_it() {
 
     state.lock().unwrap().refuses = true;
     let (capture, frozen) =
-        vm.begin_capture_frozen(process.request(&disks, Some(1), 2), &socket).await.unwrap();
+        vm.begin_capture_frozen(process.request(&disks, Some(1), 2), &agent).await.unwrap();
     assert!(matches!(frozen, Err(AgentError::Refused { .. })) && capture.timings.frozen.is_none());
     vm.end_reading(capture).await.unwrap();
 
@@ -188,11 +189,11 @@ async fn a_moment_is_fixed_inside_the_freeze_or_without_it() {
     *state.lock().unwrap() = Guest { file_systems: 1, ..Guest::default() };
     let mut wrong = process.request(&disks, Some(2), 3);
     wrong.disks[1].block_node = "none".into();
-    assert!(vm.begin_capture_frozen(wrong, &socket).await.is_err());
+    assert!(vm.begin_capture_frozen(wrong, &agent).await.is_err());
     assert!(!is_frozen(&state) && leftovers(vm.qmp()).await.is_empty());
     let mut resized = process.request(&disks, None, 3);
     resized.disks[1].size_bytes += 1 << 20;
-    assert!(vm.begin_capture_frozen(resized, &socket).await.is_err());
+    assert!(vm.begin_capture_frozen(resized, &agent).await.is_err());
     assert!(!is_frozen(&state) && leftovers(vm.qmp()).await.is_empty());
     assert!(state.lock().unwrap().log.contains(&"guest-fsfreeze-thaw".to_owned()));
 }

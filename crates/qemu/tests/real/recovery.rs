@@ -58,7 +58,7 @@ async fn each_command_with(fault: Fault) {
             b.fill(nth as u64, nth as u8 + 1);
             let proxy = Proxy::start(&process);
             let mut address = process.address();
-            address.qmp = process.path("proxy");
+            address.monitor = qemu::Monitor::Socket(process.path("proxy"));
             let vm = connect(address).await;
             proxy.arm(nth, fault);
             let (acked, outcome) = cycle(&vm, &process, &disks, k, ack, &mut replica).await;

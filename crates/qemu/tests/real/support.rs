@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::{LogNumber, VmId};
-use qemu::{Capture, CaptureRequest, CapturedDisk, Disk, NbdAccess, Qmp, Vm, VmAddress};
+use qemu::{Capture, CaptureRequest, CapturedDisk, Disk, Monitor, NbdAccess, Qmp, Vm, VmAddress};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -58,7 +58,8 @@ impl Process {
     }
 
     pub fn address(&self) -> VmAddress {
-        VmAddress { id: ID, qmp: self.path("qmp"), nbd: NbdAccess::Existing(self.path("nbd")) }
+        let monitor = Monitor::Socket(self.path("qmp"));
+        VmAddress { id: ID, monitor, nbd: NbdAccess::Existing(self.path("nbd")) }
     }
 
     pub async fn vm(&self) -> Vm {

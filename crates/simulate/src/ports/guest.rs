@@ -1,14 +1,13 @@
 //! The VM as the primary sees it.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use model::bitmaps;
 use model::{BLOCK_BYTES, DiskName, LogNumber, Timestamp, Tracking};
 use nbd::DirtyExtent;
-use primary::ports::{Ahead, Capture, CaptureRequest, DiskReader, Guest, Which};
+use primary::ports::{AgentAddress, Ahead, Capture, CaptureRequest, DiskReader, Guest, Which};
 use primary::{Failure, FailureCode, KnownDisk};
 
 use super::{SimPorts, failure};
@@ -197,7 +196,7 @@ impl Guest for SimGuest {
     async fn begin_capture_frozen(
         &self,
         request: CaptureRequest<'_, KnownDisk>,
-        _agent: &Path,
+        _agent: &AgentAddress,
     ) -> Result<(SimCapture, Result<(), String>), Failure> {
         let (capture, frozen) = self.fix(request, true).await?;
         Ok((capture, if frozen { Ok(()) } else { Err("the agent does not answer".into()) }))

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use model::{Timestamp, VmId};
 use primary::ports::Ports;
-use primary::{Failure, FailureCode, Settings};
+use primary::{Failure, FailureCode, Monitor, Settings};
 
 pub use guest::{SimCapture, SimGuest, SimReader};
 pub use link::{Line, LineState, ReplicaEnd, SimRemote, SimUpload, Trust};
@@ -51,7 +51,10 @@ impl Ports for SimPorts {
 
     async fn connect(&self, vm: VmId, settings: &Settings) -> Result<SimGuest, Failure> {
         self.turns.pass().await;
-        let found = self.vms.get(&settings.qmp).cloned();
+        let found = match &settings.monitor {
+            Monitor::Socket(socket) => self.vms.get(socket).cloned(),
+            Monitor::Libvirt(_) => None,
+        };
         let Some(machine) = found else {
             return Err(failure(FailureCode::QemuGone, "no VM is there"));
         };

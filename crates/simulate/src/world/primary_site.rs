@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{CycleBackoff, HealthThresholds, VmName};
-use primary::{Compress, Config, Failure, ProtectRequest, Relationship, Settings, Shared, Stopper};
+use primary::{Compress, Config, Failure, Monitor, ProtectRequest, Relationship, Settings, Shared, Stopper};
 
 use super::{Checked, World, wrong};
 use crate::event::{Order, Side};
@@ -125,7 +125,7 @@ impl World {
         for (place, vm) in self.plan.vms.clone().iter().enumerate() {
             let name = self.vms[place].name.clone();
             let settings = Settings {
-                qmp: monitor(&name),
+                monitor: Monitor::Socket(monitor(&name)),
                 nbd: None,
                 nodes: Vec::new(),
                 peer: PEER.into(),
