@@ -168,7 +168,7 @@ fn a_seed_is_compared_with_and_is_no_point() {
     let seed = Seed { disk: disk("vda"), path: image.clone(), format: "raw".into() };
     let vm = model::VmId::from_bytes([9; 16]);
     let offer = replica::Offer { vm, name: "other".parse().unwrap(), ..bench.primary.offer() };
-    bench.site.store.create_seeded(PEER, &offer, &[seed.clone()]).unwrap();
+    bench.site.store.create_seeded(PEER, &offer, std::slice::from_ref(&seed)).unwrap();
     bench.site.store.create_seeded(PEER, &offer, &[seed]).unwrap();
     let standing = bench.site.store.offer(PEER, offer.clone()).unwrap();
     assert!(matches!(standing.phase, Phase::ResyncRequired { .. }), "{standing:?}");

@@ -1,7 +1,7 @@
 //! Failover, as people ask for it: unplanned at the replica's site, planned at the primary's, completed, and the
 //! direction turned round.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -139,7 +139,7 @@ impl Site {
         &self,
         id: VmId,
         vm: &VmName,
-        socket: &PathBuf,
+        socket: &Path,
         reporter: &Reporter,
     ) -> Result<(), Failure> {
         let mut moved = false;
