@@ -17,6 +17,18 @@ pub struct Disk {
     client: Client,
 }
 
+/// What extents hold after a change: half of each does not compress, half is text.
+pub fn changed(extents: &[(u64, u64)], seed: u64) -> impl Iterator<Item = (u64, Vec<u8>)> {
+    let mut random = Random::new(seed);
+    extents.iter().map(move |&(offset, len)| {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        let half = bytes.len() / 2;
+        random.fill(&mut bytes[..half]);
+        text(&mut bytes[half..], random.next());
+        (offset, bytes)
+    })
+}
+
 impl Disk {
     /// Opens the export of a disk.
     pub fn open(daemon: &StorageDaemon, name: &str) -> anyhow::Result<Self> {
@@ -33,14 +45,7 @@ impl Disk {
 
     /// Writes extents: the first half of each does not compress, the other half does.
     pub fn change(&self, extents: &[(u64, u64)], seed: u64) -> anyhow::Result<()> {
-        let mut random = Random::new(seed);
-        for &(offset, len) in extents {
-            let mut bytes = vec![0; usize::try_from(len)?];
-            let half = bytes.len() / 2;
-            random.fill(&mut bytes[..half]);
-            text(&mut bytes[half..], random.next());
-            self.write(offset, &bytes)?;
-        }
+        changed(extents, seed).try_for_each(|(offset, bytes)| self.write(offset, &bytes))?;
         self.flush()
     }
 

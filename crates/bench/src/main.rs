@@ -72,6 +72,8 @@ enum Part {
     Io,
     /// What a guest's writes feel of cycles every 5 s and every 30 s.
     Guest,
+    /// An unplanned failover of a 100 GiB disk with a thousand logs that are not folded in.
+    Failover,
     /// How many VMs one site takes at an interval of 30 s.
     Scale,
 }
@@ -91,6 +93,7 @@ impl Part {
             Self::Apply => parts::apply::run(arguments, table),
             Self::Io => parts::io::run(arguments, table),
             Self::Guest => parts::guest::run(arguments, table),
+            Self::Failover => parts::failover::run(arguments, table),
             Self::Scale => parts::scale::run(arguments, table),
         }
     }
@@ -114,6 +117,7 @@ impl Part {
             Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("rsync", "rsync"), ("time", "time")],
             Self::Apply => &[("dd", "coreutils"), ("time", "time")],
             Self::Io | Self::Scale => &[],
+            Self::Failover => &[("qemu-io", "qemu-utils"), ("qemu-img", "qemu-utils")],
             Self::Guest => &[("fio", "fio")],
         }
     }
@@ -125,7 +129,7 @@ impl Part {
             Self::Backup => 5 * image_gib + 12,
             Self::Sparse | Self::Curves => 40,
             Self::Replicate => 2 * image_gib + 14,
-            Self::Apply | Self::Io => 8,
+            Self::Apply | Self::Io | Self::Failover => 8,
             Self::Guest => 20,
             Self::Scale => 24,
         }
@@ -227,6 +231,6 @@ mod tests {
         Arguments::command().debug_assert();
         let arguments = Arguments::parse_from(["bench", "sparse", "backup", "--runs", "3"]);
         assert_eq!(arguments.chosen(), [Part::Backup, Part::Sparse]);
-        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 9);
+        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 10);
     }
 }

@@ -5,9 +5,8 @@ use std::process::Command;
 
 use anyhow::Context;
 use rig::Libvirt;
-use serde_json::{Value, json};
 
-use crate::disk::Disk;
+use crate::disk::changed;
 use crate::measure::{Ran, disk_usage, run};
 
 /// What each tool does to compress, for the reader of the table.
@@ -175,13 +174,13 @@ impl Rustic {
 /// Debian's virtnbdbackup, and a libvirt domain with a disk of its own.
 pub struct VirtNbdBackup {
     libvirt: Libvirt,
-    disk: PathBuf,
     to: PathBuf,
 }
 
 impl VirtNbdBackup {
     const DOMAIN: &str = "peer";
     const TARGET: &str = "vda";
+    const ALIAS: &str = "virtio-disk0";
 
     /// Starts a domain whose disk is what `image` is now.
     pub fn start(dir: &Path, image: &Path) -> anyhow::Result<Self> {
@@ -196,7 +195,7 @@ impl VirtNbdBackup {
         )?;
         libvirt.give(&disk)?;
         libvirt.start_domain(Self::DOMAIN, &[(Self::TARGET, &disk)])?;
-        Ok(Self { libvirt, disk, to: dir.join("backups") })
+        Ok(Self { libvirt, to: dir.join("backups") })
     }
 
     /// A full backup, in place of those that are there.
@@ -225,21 +224,12 @@ impl VirtNbdBackup {
 
     /// Writes extents, as the guest would.
     pub fn change(&self, extents: &[(u64, u64)], seed: u64) -> anyhow::Result<()> {
-        let blocks = self.libvirt.qmp(Self::DOMAIN, "query-block", &json!({}))?;
-        let is_it =
-            |block: &&Value| block["inserted"]["image"]["filename"] == self.disk.to_string_lossy().as_ref();
-        let block =
-            blocks.as_array().and_then(|blocks| blocks.iter().find(is_it)).context("the domain's disk")?;
-        let socket = self.to.with_file_name("nbd");
-        let export = json!({"type": "nbd", "id": "change", "name": "change", "writable": true,
-            "node-name": block["inserted"]["node-name"]});
-        let address = json!({"addr": {"type": "unix", "data": {"path": socket}}});
-        self.libvirt.qmp(Self::DOMAIN, "nbd-server-start", &address)?;
-        self.libvirt.qmp(Self::DOMAIN, "block-export-add", &export)?;
-        let disk = Disk::connect(&socket, "change")?;
-        disk.change(extents, seed)?;
-        drop(disk);
-        self.libvirt.qmp(Self::DOMAIN, "nbd-server-stop", &json!({}))?;
+        let bytes = self.to.with_file_name("bytes");
+        for (offset, changed) in changed(extents, seed) {
+            std::fs::write(&bytes, changed).with_context(|| bytes.display().to_string())?;
+            self.libvirt.give(&bytes)?;
+            self.libvirt.write_file(Self::DOMAIN, Self::ALIAS, offset, &bytes)?;
+        }
         Ok(())
     }
 }

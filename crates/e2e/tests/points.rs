@@ -89,9 +89,11 @@ fn a_pinned_point_outlives_retention_restarts_moves_and_resynchronizations() {
     assert_eq!((backup.status, &backup.json["point"]), (0, &pinned["point"]), "{backup:?}");
     assert_eq!(world.state(&world.restore(text(&backup.json["backup"]))), state);
 
-    // A failover to a newer point would end it: that is not done behind anybody's back.
-    let refused = world.head.run(&["failover", "unplanned", VM]).unwrap();
+    // A failover to a newer point ends it when it is completed: that is not done behind anybody's back.
+    world.head.ok(&["failover", "unplanned", VM]).unwrap();
+    let refused = world.head.run(&["failover", "complete", VM]).unwrap();
     assert_eq!(refused.code(), Some("failover"), "{refused:?}");
+    world.head.ok(&["failover", "cancel", VM]).unwrap();
     let first_digits = &text(&pinned["point"])[..8];
     world.head.ok(&["unpin", VM, first_digits]).unwrap();
     world.settled();

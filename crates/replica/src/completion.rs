@@ -119,6 +119,9 @@ impl Store {
             }
             durable_step("replica::completion::rested");
         }
+        if self.inner.below_is_read.get().is_some_and(|is_read| is_read(vm.id)) {
+            return Ok(Step::Idle);
+        }
         self.release_vm(vm)?;
         Ok(Step::Released)
     }

@@ -1,7 +1,7 @@
 //! The store: all VMs, and the way to each.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use catalog::{Catalog, Transaction, rusqlite};
 use model::{LogNumber, Timestamp, VmId, VmName};
@@ -28,7 +28,11 @@ pub(crate) struct Inner {
     /// Taken while VMs are made, named or removed.
     pub registry: Mutex<()>,
     pub workers: Workers,
+    /// Tells whether somebody reads what lies below a failover's layers.
+    pub below_is_read: OnceLock<Box<ReadsBelow>>,
 }
+
+type ReadsBelow = dyn Fn(VmId) -> bool + Send + Sync;
 
 impl Store {
     /// Opens the store in `config.dir`, makes good what a crash has left, and starts its workers.
@@ -41,6 +45,7 @@ impl Store {
         raise_file_limit();
         let inner = Inner {
             workers: Workers::default(),
+            below_is_read: OnceLock::new(),
             vms: RwLock::new(BTreeMap::new()),
             registry: Mutex::new(()),
             catalog,
@@ -50,6 +55,12 @@ impl Store {
         store.recover()?;
         store.start_workers();
         Ok(store)
+    }
+
+    /// Has the store ask before it lets go of what lies below a completed failover's layers. Whoever opens a layer reads
+    /// what is below it before he locks it, and so may go on reading what the layer's file no longer names.
+    pub fn ask_who_reads_below(&self, is_read: impl Fn(VmId) -> bool + Send + Sync + 'static) {
+        let _ = self.inner.below_is_read.set(Box::new(is_read));
     }
 
     /// Runs blocking work of the store for an async caller.

@@ -105,16 +105,19 @@ fn the_plan_that_is_shown_says_why_each_point_stays_and_changes_nothing() {
 }
 
 #[test]
-fn a_failover_that_would_end_a_pinned_point_is_refused() {
+fn a_failover_that_would_end_a_pinned_point_is_not_completed() {
     let (_dir, site, primary, _) = with_old_pin(0, |primary, number| {
         primary.write("vda", 0..4096, |at| (at + number) as u8 | 1);
     });
     let newest = primary.head.number;
-    let refused = site.store.failover_begin(VM, newest).unwrap_err();
-    assert!(matches!(refused, Error::PinnedByHand { .. }), "{refused}");
-    assert!(refused.to_string().contains(&primary.ids[&LogNumber(1)].to_string()), "{refused}");
-    site.store.failover_begin(VM, LogNumber(1)).unwrap();
+    site.store.failover_begin(VM, newest).unwrap();
+    let handed = site.store.failover_complete(VM).unwrap_err();
+    assert!(matches!(handed, Error::PinnedByHand { .. }), "{handed}");
+    assert!(handed.to_string().contains(&primary.ids[&LogNumber(1)].to_string()), "{handed}");
     site.store.failover_cancel(VM).unwrap();
+    let handed = site.store.hand_over(PEER, VM, primary.head, false).unwrap_err();
+    assert!(matches!(handed, Error::PinnedByHand { .. }), "{handed}");
+    assert!(site.store.failed_over().is_empty(), "nothing was begun");
     site.check_points(&primary);
     assert_eq!(site.store.find_point(VM, &"old".parse().unwrap()).unwrap().number, LogNumber(1));
 }

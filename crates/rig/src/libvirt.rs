@@ -118,17 +118,21 @@ impl Libvirt {
 
     /// Has QEMU write a byte over a stretch of a disk that has this alias, as the guest's device would, and flush it.
     pub fn write(&self, domain: &str, alias: &str, offset: u64, len: u64, byte: u8) -> Result<()> {
-        let device = format!("/machine/peripheral/{alias}/virtio-backend");
-        let hmp = |what: &str| {
-            let command = format!("qemu-io -d {device} \"{what}\"");
-            self.virsh(&["qemu-monitor-command", domain, "--hmp", &command])
-        };
-        let said = hmp(&format!("write -P {byte} {offset} {len}"))?;
+        self.qemu_io(domain, alias, &format!("write -P {byte} {offset} {len}"))?;
+        self.qemu_io(domain, alias, "flush")
+    }
+
+    /// The same with a file's bytes, and without a flush.
+    pub fn write_file(&self, domain: &str, alias: &str, offset: u64, file: &Path) -> Result<()> {
+        let len = file.metadata().map_err(doing(file.display()))?.len();
+        self.qemu_io(domain, alias, &format!("write -s {} {offset} {len}", file.display()))
+    }
+
+    fn qemu_io(&self, domain: &str, alias: &str, what: &str) -> Result<()> {
+        let command = format!("qemu-io -d /machine/peripheral/{alias}/virtio-backend \"{what}\"");
+        let said = self.virsh(&["qemu-monitor-command", domain, "--hmp", &command])?;
         // What it did it prints in QEMU's log; the monitor hears of errors alone.
-        if !said.trim().is_empty() {
-            return Err(Trouble(format!("writing {len} bytes at {offset} of {alias}: {said}")));
-        }
-        hmp("flush").map(drop)
+        if said.trim().is_empty() { Ok(()) } else { Err(Trouble(format!("{what} of {alias}: {said}"))) }
     }
 
     /// What QEMU answers to a QMP command.

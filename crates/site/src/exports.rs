@@ -91,6 +91,12 @@ impl Exports {
         Ok(())
     }
 
+    /// Whether a VM's QEMU still reads what [`Self::show_failover`] shows.
+    pub fn is_failover_read(&self, vm: VmId) -> bool {
+        let names = self.lock().get(&failover_id(vm)).cloned().unwrap_or_default();
+        names.iter().any(|name| self.server.is_used(name))
+    }
+
     /// Ends what [`Self::show_failover`] began.
     pub async fn hide_failover(&self, vm: VmId) {
         let names = self.lock().remove(&failover_id(vm)).unwrap_or_default();

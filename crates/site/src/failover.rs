@@ -160,7 +160,10 @@ impl Site {
                     return Err(Failure::new(Code::Failover, message));
                 }
                 moved = true;
-                self.store.resume(id)?;
+            }
+            // QEMU has let go of what lay below, or does so in a moment; then the VM is no replica any more.
+            if moved && self.store.resume(id).is_err() {
+                return Ok(());
             }
             if let model::ApplyState::Failed { error, .. } = &status.facts.apply {
                 return Err(Failure::new(

@@ -101,6 +101,8 @@ async fn open(
     let jobs = Jobs::open(catalog, policy, window, at_once, stop.clone(), backups)?;
     let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
     let exports = Arc::new(exports);
+    let shown = exports.clone();
+    store.ask_who_reads_below(move |vm| shown.is_failover_read(vm));
     let checks = Checks::open(dir, config.boot.clone(), checked, exports.clone(), events.clone())?;
     let trials = Trials::open(dir.join("run/tests"), exports.clone())?;
     Ok(Arc::new(Site {

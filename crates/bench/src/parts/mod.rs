@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod backup;
 pub mod curves;
+pub mod failover;
 pub mod guest;
 pub mod io;
 pub mod replicate;

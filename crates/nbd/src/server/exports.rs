@@ -99,6 +99,12 @@ impl Exports {
         true
     }
 
+    /// Whether a client has it open.
+    pub fn is_used(&self, name: &str) -> bool {
+        let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
+        by_name.get(name).is_some_and(|export| !export.users.is_empty())
+    }
+
     pub fn describe(&self, name: &str) -> Option<Described> {
         let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
         let export = by_name.get(name)?;

@@ -159,6 +159,12 @@ impl Server {
         self.inner.shared.exports.remove(name).await
     }
 
+    /// Whether a client has it open.
+    #[must_use]
+    pub fn is_used(&self, name: &str) -> bool {
+        self.inner.shared.exports.is_used(name)
+    }
+
     /// The names of the exports, in order.
     #[must_use]
     pub fn exports(&self) -> Vec<String> {
