@@ -8,19 +8,9 @@ use std::time::Duration;
 use model::{Consistency, Health, LogNumber, Phase, Purpose};
 use primary::ports::Ports;
 use primary::{CycleReport, Failure, FailureCode, Relationship};
-use world::{BLOCK, Fault, World, request};
+use world::{BLOCK, Fault, World, alone, request};
 
 const SIZES: [usize; 2] = [3 << 20, (1 << 20) + 3 * BLOCK];
-
-/// Runs on one thread with a clock that stands unless everybody waits for it.
-fn alone<T>(story: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap()
-        .block_on(story)
-}
 
 fn write(world: &World, times: usize) {
     (0..times).for_each(|_| world.lock().guest_writes());

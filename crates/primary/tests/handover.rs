@@ -6,19 +6,9 @@ use std::time::Duration;
 
 use model::{Phase, ResyncReason};
 use primary::{Failure, FailureCode, Relationship};
-use world::{BLOCK, Fault, World, request};
+use world::{BLOCK, Fault, World, alone, request};
 
 const SIZES: [usize; 2] = [1 << 20, 4 * BLOCK];
-
-/// Runs on one thread with a clock that stands unless everybody waits for it.
-fn alone<T>(story: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap()
-        .block_on(story)
-}
 
 async fn replicated(world: &World, catalog: &std::path::Path) -> Relationship<World> {
     let mut web = Relationship::protect(&world.primary(catalog), request()).await.unwrap();

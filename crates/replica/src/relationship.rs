@@ -86,14 +86,7 @@ impl Store {
         folder.files.remove_folder(&folder.path)?;
         folder.create()?;
         durable_step("replica::offer::made");
-        let row = VmRow {
-            vm: offer.vm,
-            name: offer.name.clone(),
-            peer: peer.to_owned(),
-            folder: folder.path,
-            definition: offer.definition.to_string(),
-            doc: first_doc(&offer, now),
-        };
+        let row = first_row(peer, &offer, folder.path, first_doc(&offer, now));
         let mut state = State::new(row.clone(), folder.files, now);
         self.commit_row(&mut state, row)?;
         durable_step("replica::offer::describing");
@@ -246,6 +239,18 @@ fn fenced(fence: &rows::Fence, generation: u64) -> Refused {
 fn standing(state: &State) -> Standing {
     let doc = &state.row.doc;
     Standing { head: doc.head, phase: doc.phase.clone(), refused: refuses_logs(state) }
+}
+
+/// The row of a replica that begins.
+pub(crate) fn first_row(peer: &str, offer: &Offer, folder: std::path::PathBuf, doc: VmDoc) -> VmRow {
+    VmRow {
+        vm: offer.vm,
+        name: offer.name.clone(),
+        peer: peer.to_owned(),
+        folder,
+        definition: offer.definition.to_string(),
+        doc,
+    }
 }
 
 pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {

@@ -16,7 +16,7 @@ use steps::durable_step;
 
 use crate::completion::fresh_home;
 use crate::error::{Error, Result};
-use crate::relationship::{Offer, first_doc, set_phase};
+use crate::relationship::{Offer, first_doc, first_row, set_phase};
 use crate::rows::{Base, DiskSize, VmRow};
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -64,14 +64,7 @@ impl Store {
         }
         doc.base = Base { applied: LogNumber::ZERO, id: LogId::NONE, disks };
         set_phase(&mut doc, Phase::ResyncRequired { why: ResyncReason::Reversed }, now);
-        let row = VmRow {
-            vm: offer.vm,
-            name: offer.name.clone(),
-            peer: peer.to_owned(),
-            folder: folder.path,
-            definition: offer.definition.to_string(),
-            doc,
-        };
+        let row = first_row(peer, offer, folder.path, doc);
         self.enlist(State::new(row, folder.files, now))
     }
 

@@ -10,10 +10,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use model::VmId;
 use model::gate::Access;
+use model::{DiskName, VmId};
 use nbd::{CowDisk, Disk, Server, StatusExtent};
-use replica::{ConsistentView, Store};
+use replica::{ConsistentView, DiskSize, FailoverView, Store};
 use repository::BackupReader;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -79,11 +79,11 @@ impl Exports {
         if self.lock().contains_key(&id) {
             return Ok(());
         }
-        let view = Arc::new(self.store.failover_view(vm)?);
+        let view = self.store.failover_view(vm)?;
+        let disks = view.disks();
         let mut names = Vec::new();
-        for disk in view.disks() {
-            let name = replica::failover_export(vm, &disk.name);
-            let below = Arc::new(Below { view: view.clone(), disk });
+        for (disk, below) in disks_of(view, disks) {
+            let name = replica::failover_export(vm, &disk);
             self.server.add(&name, below).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
             names.push(name);
         }
@@ -215,22 +215,56 @@ impl Shown {
     }
 }
 
-/// A disk of a pinned point.
-struct PointDisk {
-    view: Arc<ConsistentView>,
-    disk: replica::DiskSize,
+/// Disks as they were at one moment, of which the store shows two kinds.
+trait View: Send + Sync + 'static {
+    fn read_at(&self, disk: &DiskName, offset: u64, buffer: &mut [u8]) -> replica::Result<()>;
+    fn data_extents(&self, disk: &DiskName, range: Range<u64>) -> replica::Result<Vec<Range<u64>>>;
+}
+
+/// A pinned point.
+impl View for ConsistentView {
+    fn read_at(&self, disk: &DiskName, offset: u64, buffer: &mut [u8]) -> replica::Result<()> {
+        self.read_at(disk, offset, buffer)
+    }
+
+    fn data_extents(&self, disk: &DiskName, range: Range<u64>) -> replica::Result<Vec<Range<u64>>> {
+        self.data_extents(disk, range)
+    }
+}
+
+/// What lies below the layers of a failed-over VM.
+impl View for FailoverView {
+    fn read_at(&self, disk: &DiskName, offset: u64, buffer: &mut [u8]) -> replica::Result<()> {
+        self.read_at(disk, offset, buffer)
+    }
+
+    fn data_extents(&self, disk: &DiskName, range: Range<u64>) -> replica::Result<Vec<Range<u64>>> {
+        self.data_extents(disk, range)
+    }
+}
+
+/// A disk of a view.
+struct ViewDisk<V> {
+    view: Arc<V>,
+    disk: DiskSize,
+}
+
+/// The disks of a view, each with its name.
+fn disks_of<V: View>(view: V, disks: Vec<DiskSize>) -> Vec<(DiskName, Arc<dyn Disk>)> {
+    let view = Arc::new(view);
+    let shown = |disk: DiskSize| {
+        let name = disk.name.clone();
+        (name, Arc::new(ViewDisk { view: view.clone(), disk }) as Arc<dyn Disk>)
+    };
+    disks.into_iter().map(shown).collect()
 }
 
 fn disks_of_view(view: ConsistentView) -> Vec<(String, Arc<dyn Disk>)> {
-    let view = Arc::new(view);
-    let shown = |disk: replica::DiskSize| {
-        let name = disk.name.to_string();
-        (name, Arc::new(PointDisk { view: view.clone(), disk }) as Arc<dyn Disk>)
-    };
-    view.disks().into_iter().map(shown).collect()
+    let disks = view.disks();
+    disks_of(view, disks).into_iter().map(|(name, disk)| (name.to_string(), disk)).collect()
 }
 
-impl Disk for PointDisk {
+impl<V: View> Disk for ViewDisk<V> {
     fn size_bytes(&self) -> u64 {
         self.disk.size_bytes
     }
@@ -248,27 +282,6 @@ impl Disk for PointDisk {
 /// How the exports of a failover are found again.
 fn failover_id(vm: VmId) -> String {
     format!("failover-{vm}")
-}
-
-/// What lies below a failed-over VM's layer.
-struct Below {
-    view: Arc<replica::FailoverView>,
-    disk: replica::DiskSize,
-}
-
-impl Disk for Below {
-    fn size_bytes(&self) -> u64 {
-        self.disk.size_bytes
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.view.read_at(&self.disk.name, offset, buffer).map_err(io::Error::other)
-    }
-
-    fn extents(&self, range: Range<u64>) -> io::Result<Vec<StatusExtent>> {
-        let data = self.view.data_extents(&self.disk.name, range.clone()).map_err(io::Error::other)?;
-        Ok(status(range, data))
-    }
 }
 
 /// A disk of a backup.

@@ -146,3 +146,13 @@ pub fn request() -> ProtectRequest {
 pub fn broken(what: &str) -> Failure {
     Failure::transient(FailureCode::Link, what)
 }
+
+/// Runs on one thread with a clock that stands unless everybody waits for it.
+pub fn alone<T>(story: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap()
+        .block_on(story)
+}
