@@ -18,7 +18,7 @@
 //! * [`GuestImage`] is made from Debian's packages alone (`scripts/setup guest` downloads them; nothing is
 //!   installed on this machine) and kept under cargo's target folder for as long as its parts stay the same.
 //! * [`Guest`] is a running QEMU: a console, a QMP socket, the guest agent's socket. It ends with its owner.
-//! * [`check`] boots disks that a crash or a restore has left, and gives what is on them; [`Checked::judge`]
+//! * [`check()`] boots disks that a crash or a restore has left, and gives what is on them; [`Checked::judge`]
 //!   says whether that is a prefix of what was acknowledged, over both disks together.
 //!
 //! A guest is emulated (TCG) unless `AFTERIMAGE_GUEST_ACCEL` names another accelerator: nested

@@ -2,8 +2,8 @@
 //!
 //! It is mounted by FUSE over a backing folder and passes everything on at once, so that programs run on it as
 //! they do anywhere. Beside that it remembers what a disk would still have: for each block written since the
-//! file's last `fsync` the bytes from before ([`unsynced`]), for each name made, removed or renamed since the
-//! folder's last `fsync` how it was ([`names`]). [`Mount::lose_power`] takes a part of that back, chosen by a
+//! file's last `fsync` the bytes from before (`unsynced`), for each name made, removed or renamed since the
+//! folder's last `fsync` how it was (`names`). [`Mount::lose_power`] takes a part of that back, chosen by a
 //! seed, and the backing folder is what a machine finds after a power cut. A program that was killed without
 //! a power cut finds everything it had written, as on any other file system.
 //!

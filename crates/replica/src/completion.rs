@@ -6,7 +6,7 @@
 //!    ─▶ what only a replica needs removed
 //! ```
 //!
-//! A layer that a running QEMU has open is that QEMU's to move ([`Store::failover_base`] says to what); one that
+//! A layer that a running QEMU has open is that QEMU's to move ([`Store::failover_disks`] says to what); one that
 //! nobody has open is moved here. The fence keeps the old primary from replicating over what has taken its place.
 
 use std::path::Path;
