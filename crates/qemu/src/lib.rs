@@ -28,6 +28,7 @@ mod ahead;
 mod bitmaps;
 mod capture;
 mod definition;
+mod dialogue;
 mod disks;
 mod error;
 mod freeze;

@@ -4,22 +4,20 @@
 //! who asked. A caller that gives up (a timeout, a cancelled future) never leaves half a command behind,
 //! and its late answer is dropped. Once the connection is gone it stays gone: make a new client.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::task::AbortHandle;
+use tokio::sync::broadcast;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::dialogue::{Dialogue, Tasks};
 use crate::error::{Error, ErrorClass};
 use crate::lines::{Lines, tidy};
 
@@ -27,8 +25,8 @@ use crate::lines::{Lines, tidy};
 const COMMAND_TIME: Duration = Duration::from_secs(30);
 /// Events kept for a listener that is slow; one that missed some asks QEMU instead.
 const EVENTS_KEPT: usize = 256;
-/// Commands waiting to be written.
-const QUEUE: usize = 64;
+/// Lines before the greeting that may be meant for a client before us.
+const STRAYS_MAX: usize = 1000;
 
 /// A command and its arguments.
 #[derive(Debug, Clone)]
@@ -57,7 +55,7 @@ impl Command {
         about.map_or_else(|| self.name.to_owned(), |about| format!("{} ({about})", self.name))
     }
 
-    fn line(&self, id: u64) -> Vec<u8> {
+    fn line(&self, id: u32) -> Vec<u8> {
         let mut message = json!({ "execute": self.name, "id": id });
         if !self.arguments.is_null() {
             message["arguments"] = self.arguments.clone();
@@ -107,20 +105,8 @@ pub struct Qmp {
 struct Shared {
     socket: PathBuf,
     version: Version,
-    ids: AtomicU64,
-    waiting: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
+    dialogue: Dialogue<Answer>,
     events: broadcast::Sender<Event>,
-    outgoing: mpsc::Sender<Vec<u8>>,
-    /// Why the connection is gone, once it is.
-    gone: watch::Sender<Option<String>>,
-}
-
-struct Tasks(Vec<AbortHandle>);
-
-impl Drop for Tasks {
-    fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
-    }
 }
 
 type Answer = Result<Value, (ErrorClass, String)>;
@@ -143,7 +129,7 @@ struct VersionInfo {
 
 #[derive(Deserialize)]
 struct Message {
-    id: Option<u64>,
+    id: Option<u32>,
     #[serde(rename = "return")]
     result: Option<Value>,
     error: Option<Refusal>,
@@ -198,19 +184,13 @@ impl Qmp {
         R: AsyncRead + Send + Unpin + 'static,
         W: AsyncWrite + Send + Unpin + 'static,
     {
-        let (outgoing, queued) = mpsc::channel(QUEUE);
-        let shared = Arc::new(Shared {
-            socket: socket.to_owned(),
-            version,
-            ids: AtomicU64::new(1),
-            waiting: Mutex::default(),
-            events: broadcast::Sender::new(EVENTS_KEPT),
-            outgoing,
-            gone: watch::Sender::new(None),
-        });
+        let (dialogue, queued) = Dialogue::new();
+        let events = broadcast::Sender::new(EVENTS_KEPT);
+        let shared = Arc::new(Shared { socket: socket.to_owned(), version, dialogue, events });
+        let writing = shared.clone();
         let tasks = vec![
             tokio::spawn(read_all(lines, shared.clone())).abort_handle(),
-            tokio::spawn(write_all(queued, write, shared.clone())).abort_handle(),
+            tokio::spawn(async move { writing.dialogue.write_all(queued, write).await }).abort_handle(),
         ];
         Self { shared, tasks: Arc::new(Tasks(tasks)) }
     }
@@ -218,7 +198,7 @@ impl Qmp {
     /// Has the connection count as gone, for the reason given, once `end` is there. For whoever has just made it.
     pub(crate) fn close_after(&mut self, end: impl Future<Output = String> + Send + 'static) {
         let shared = self.shared.clone();
-        let watching = tokio::spawn(async move { shared.close(end.await) }).abort_handle();
+        let watching = tokio::spawn(async move { shared.dialogue.close(end.await) }).abort_handle();
         match Arc::get_mut(&mut self.tasks) {
             Some(tasks) => tasks.0.push(watching),
             None => watching.abort(),
@@ -234,14 +214,12 @@ impl Qmp {
     /// Whether the connection still stands, as far as is known.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.shared.gone.borrow().is_none()
+        self.shared.dialogue.is_open()
     }
 
     /// Waits until the connection is gone and gives the error that says so.
     pub async fn closed(&self) -> Error {
-        let mut gone = self.shared.gone.subscribe();
-        // The sender lives in `shared`, which we hold.
-        let _ = gone.wait_for(Option::is_some).await;
+        self.shared.dialogue.closed().await;
         self.gone()
     }
 
@@ -284,12 +262,11 @@ impl Qmp {
         let mut lines = Vec::new();
         let mut asked = Vec::with_capacity(commands.len());
         for command in &commands {
-            let question = Question::register(&self.shared);
-            lines.extend(command.line(question.id));
+            let question = self.shared.dialogue.ask();
+            lines.extend(command.line(question.number));
             asked.push((command.shown(), question));
         }
-        // When this fails the connection is gone, and each question below says so.
-        let _ = timeout_at(deadline, self.shared.outgoing.send(lines)).await;
+        self.shared.dialogue.send(lines, deadline).await;
         let mut answers = Vec::with_capacity(asked.len());
         for (command, mut question) in asked {
             answers.push(match timeout_at(deadline, &mut question.answer).await {
@@ -303,8 +280,7 @@ impl Qmp {
     }
 
     fn gone(&self) -> Error {
-        let why = self.shared.gone.borrow().clone().unwrap_or_else(|| "it was closed".into());
-        Error::Gone { socket: self.shared.socket.clone(), why }
+        Error::Gone { socket: self.shared.socket.clone(), why: self.shared.dialogue.why_gone() }
     }
 }
 
@@ -314,46 +290,7 @@ impl fmt::Debug for Qmp {
     }
 }
 
-/// An answer that is waited for; forgotten when nobody waits any more.
-struct Question<'a> {
-    shared: &'a Shared,
-    id: u64,
-    answer: oneshot::Receiver<Answer>,
-}
-
-impl<'a> Question<'a> {
-    fn register(shared: &'a Shared) -> Self {
-        let id = shared.ids.fetch_add(1, Ordering::Relaxed);
-        let (sender, answer) = oneshot::channel();
-        shared.waiting().insert(id, sender);
-        // The reader closes first and clears then: whoever registers in between takes himself out.
-        if shared.gone.borrow().is_some() {
-            shared.waiting().remove(&id);
-        }
-        Self { shared, id, answer }
-    }
-}
-
-impl Drop for Question<'_> {
-    fn drop(&mut self) {
-        self.shared.waiting().remove(&self.id);
-    }
-}
-
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn close(&self, why: String) {
-        self.gone.send_if_modified(|gone| {
-            let first = gone.is_none();
-            gone.get_or_insert(why);
-            first
-        });
-        self.waiting().clear();
-    }
-
     fn dispatch(&self, line: &[u8]) -> Result<(), String> {
         let message: Message = serde_json::from_slice(line)
             .map_err(|error| format!("it sent a line that is not QMP ({error})"))?;
@@ -369,23 +306,33 @@ impl Shared {
         let Some(id) = message.id else {
             return Err(tidy(&format!("it did not understand what we sent: {answer:?}")));
         };
-        if let Some(asked) = self.waiting().remove(&id) {
-            let _ = asked.send(answer); // the one who asked has just given up
-        }
+        self.dialogue.answer(id, answer);
         Ok(())
     }
 }
 
-/// What QEMU says first.
+/// What QEMU says first. Not to us may be what comes before it: the answer to a client that has just gone, or an event
+/// that its command brought about, goes to whoever is connected when it is ready.
 async fn greeting(socket: &Path, lines: &mut Lines<impl AsyncRead + Unpin>) -> Result<Version, Error> {
     let gone = |why: String| Error::Gone { socket: socket.to_owned(), why };
-    let line = lines.next().await.map_err(|error| gone(error.to_string()))?;
-    let line = line.ok_or_else(|| gone("it was closed before the greeting".into()))?;
-    let greeting: Greeting = serde_json::from_slice(&line).map_err(|error| Error::Answer {
-        command: format!("our connection to {}", socket.display()),
-        why: format!("this is not a QMP greeting ({error})"),
-    })?;
-    Ok(greeting.qmp.version.qemu)
+    let mut strays = 0;
+    loop {
+        let line = lines.next().await.map_err(|error| gone(error.to_string()))?;
+        let line = line.ok_or_else(|| gone("it was closed before the greeting".into()))?;
+        match serde_json::from_slice::<Greeting>(&line) {
+            Ok(greeting) => return Ok(greeting.qmp.version.qemu),
+            Err(_) if strays < STRAYS_MAX && is_for_another(&line) => strays += 1,
+            Err(error) => {
+                let command = format!("our connection to {}", socket.display());
+                return Err(Error::Answer { command, why: format!("this is not a QMP greeting ({error})") });
+            }
+        }
+    }
+}
+
+fn is_for_another(line: &[u8]) -> bool {
+    serde_json::from_slice::<Message>(line)
+        .is_ok_and(|message| message.event.is_some() || message.result.is_some() || message.error.is_some())
 }
 
 /// Opens the socket; while its queue of connections is full, the kernel says "try again".
@@ -414,25 +361,12 @@ async fn read_all(mut lines: Lines<impl AsyncRead + Unpin>, shared: Arc<Shared>)
             Err(error) => break format!("it cannot be read ({error})"),
         }
     };
-    shared.close(why);
-}
-
-async fn write_all(
-    mut queued: mpsc::Receiver<Vec<u8>>,
-    mut write: impl AsyncWrite + Unpin,
-    shared: Arc<Shared>,
-) {
-    while let Some(lines) = queued.recv().await {
-        if let Err(error) = write.write_all(&lines).await {
-            // The reader may still find a better reason; it is the same end.
-            return shared.close(format!("it cannot be written to ({error})"));
-        }
-    }
+    shared.dialogue.close(why);
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncBufReadExt, BufReader};
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::UnixListener;
     use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
@@ -526,7 +460,7 @@ mod tests {
         let late = qmp.run_within(Command::bare("query-a"), Duration::ZERO).await;
         assert!(matches!(late, Err(Error::Timeout { .. })), "{late:?}");
         assert_eq!(qmp.run(Command::bare("query-b")).await.unwrap(), "prompt");
-        assert!(qmp.shared.waiting().is_empty());
+        assert!(qmp.shared.dialogue.waiting().is_empty());
     }
 
     #[tokio::test]
@@ -549,6 +483,30 @@ mod tests {
         assert!(matches!(&error, Error::Busy { .. }) && error.to_string().contains("one client"), "{error}");
         let error = Qmp::connect(&dir.path().join("none"), LIMIT).await.unwrap_err();
         assert!(matches!(error, Error::Connect { .. }) && error.is_gone());
+    }
+
+    #[tokio::test]
+    async fn what_was_meant_for_the_client_before_us_is_no_greeting_and_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let stray = |lines: usize| {
+            let pair =
+                format!("{}\n{}\n", json!({"event": "STOP", "data": {}}), json!({"return": {}, "id": 8}));
+            pair.repeat(lines / 2)
+        };
+        tokio::spawn(async move {
+            let (read, mut write) = listener.accept().await.unwrap().0.into_split();
+            write.write_all((stray(STRAYS_MAX) + GREETING).as_bytes()).await.unwrap();
+            let id = next(&mut BufReader::new(read)).await["id"].clone();
+            write.write_all(format!("{}\n", json!({"return": {}, "id": id})).as_bytes()).await.unwrap();
+            let mut second = listener.accept().await.unwrap().0;
+            second.write_all((stray(STRAYS_MAX + 2) + GREETING).as_bytes()).await.unwrap();
+        });
+        let qmp = Qmp::connect(&path, LIMIT).await.unwrap();
+        assert_eq!(qmp.version(), Version { major: 9, minor: 2, micro: 1 });
+        let error = Qmp::connect(&path, LIMIT).await.unwrap_err();
+        assert!(error.to_string().contains("not a QMP greeting"), "{error}");
     }
 
     #[tokio::test]

@@ -3,21 +3,19 @@
 //! One connection, several calls in flight: a task writes, a task reads and hands each answer to the one who
 //! asked. Once the connection is gone it stays gone.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::task::AbortHandle;
+use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::broadcast;
 use tokio::time::{Instant, timeout_at};
 
+use crate::dialogue::{Dialogue, Tasks};
 use crate::libvirt::error::Error;
 use crate::libvirt::xdr::{Malformed, Reader, Writer};
 use crate::lines::tidy;
@@ -56,7 +54,6 @@ const HEAD_BYTES: usize = 28;
 const PACKET_BYTES_MAX: usize = 32 << 20;
 /// Events kept for a listener that is slow.
 const EVENTS_KEPT: usize = 256;
-const QUEUE: usize = 64;
 /// How long the daemon may take to take our connection.
 const CONNECT_TIME: Duration = Duration::from_secs(10);
 
@@ -71,19 +68,8 @@ pub(crate) struct Rpc {
 
 struct Shared {
     socket: PathBuf,
-    serials: AtomicU32,
-    waiting: Mutex<HashMap<u32, oneshot::Sender<Answer>>>,
+    dialogue: Dialogue<Answer>,
     told: broadcast::Sender<Told>,
-    outgoing: mpsc::Sender<Vec<u8>>,
-    gone: watch::Sender<Option<String>>,
-}
-
-struct Tasks([AbortHandle; 2]);
-
-impl Drop for Tasks {
-    fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
-    }
 }
 
 /// The results, or the number and the words of an error.
@@ -109,18 +95,12 @@ impl Rpc {
     fn start(socket: PathBuf, stream: UnixStream) -> Self {
         let daemon_uid = stream.peer_cred().ok().map(|daemon| daemon.uid());
         let (read, write) = stream.into_split();
-        let (outgoing, queued) = mpsc::channel(QUEUE);
-        let shared = Arc::new(Shared {
-            socket,
-            serials: AtomicU32::new(1),
-            waiting: Mutex::default(),
-            told: broadcast::Sender::new(EVENTS_KEPT),
-            outgoing,
-            gone: watch::Sender::new(None),
-        });
-        let tasks = [
+        let (dialogue, queued) = Dialogue::new();
+        let shared = Arc::new(Shared { socket, dialogue, told: broadcast::Sender::new(EVENTS_KEPT) });
+        let writing = shared.clone();
+        let tasks = vec![
             tokio::spawn(read_all(read, shared.clone())).abort_handle(),
-            tokio::spawn(write_all(queued, write, shared.clone())).abort_handle(),
+            tokio::spawn(async move { writing.dialogue.write_all(queued, write).await }).abort_handle(),
         ];
         Self { shared, daemon_uid, _tasks: Arc::new(Tasks(tasks)) }
     }
@@ -137,9 +117,7 @@ impl Rpc {
 
     /// Waits until the connection is gone, and says why.
     pub async fn closed(&self) -> String {
-        let mut gone = self.shared.gone.subscribe();
-        let why = gone.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
-        why.unwrap_or_else(|| "it was closed".into())
+        self.shared.dialogue.closed().await
     }
 
     /// Calls a procedure and reads its results. After a timeout it may still be carried out.
@@ -153,10 +131,9 @@ impl Rpc {
         let Procedure(_, _, what) = procedure;
         let deadline = Instant::now() + limit;
         let late = || Error::Timeout { socket: self.socket(), what, after: limit };
-        let mut question = Question::register(&self.shared);
-        let packet = packet(procedure, question.serial, &arguments.done());
-        // When this fails the connection is gone, and the question says so.
-        let _ = timeout_at(deadline, self.shared.outgoing.send(packet)).await;
+        let mut question = self.shared.dialogue.ask();
+        let packet = packet(procedure, question.number, &arguments.done());
+        self.shared.dialogue.send(packet, deadline).await;
         let answer = timeout_at(deadline, &mut question.answer).await.map_err(|_| late())?;
         match answer {
             Ok(Ok(results)) => read(&mut Reader::new(&results))
@@ -167,8 +144,7 @@ impl Rpc {
     }
 
     fn gone(&self) -> Error {
-        let why = self.shared.gone.borrow().clone().unwrap_or_else(|| "it was closed".into());
-        Error::Gone { socket: self.socket(), why }
+        Error::Gone { socket: self.socket(), why: self.shared.dialogue.why_gone() }
     }
 }
 
@@ -178,46 +154,7 @@ impl fmt::Debug for Rpc {
     }
 }
 
-/// An answer that is waited for; forgotten when nobody waits any more.
-struct Question<'a> {
-    shared: &'a Shared,
-    serial: u32,
-    answer: oneshot::Receiver<Answer>,
-}
-
-impl<'a> Question<'a> {
-    fn register(shared: &'a Shared) -> Self {
-        let serial = shared.serials.fetch_add(1, Ordering::Relaxed);
-        let (sender, answer) = oneshot::channel();
-        shared.waiting().insert(serial, sender);
-        // The reader closes first and clears then: whoever registers in between takes himself out.
-        if shared.gone.borrow().is_some() {
-            shared.waiting().remove(&serial);
-        }
-        Self { shared, serial, answer }
-    }
-}
-
-impl Drop for Question<'_> {
-    fn drop(&mut self) {
-        self.shared.waiting().remove(&self.serial);
-    }
-}
-
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Answer>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn close(&self, why: String) {
-        self.gone.send_if_modified(|gone| {
-            let first = gone.is_none();
-            gone.get_or_insert(why);
-            first
-        });
-        self.waiting().clear();
-    }
-
     fn dispatch(&self, packet: &[u8]) -> Result<(), Malformed> {
         let mut reader = Reader::new(packet);
         let (program, _version, procedure) = (reader.number()?, reader.number()?, reader.number()?);
@@ -226,9 +163,7 @@ impl Shared {
         match kind {
             REPLY => {
                 let answer = if status == OK { Ok(payload.to_vec()) } else { Err(refusal(&mut reader)?) };
-                if let Some(asked) = self.waiting().remove(&serial) {
-                    let _ = asked.send(answer); // the one who asked has just given up
-                }
+                self.dialogue.answer(serial, answer);
             }
             MESSAGE => {
                 let _ = self.told.send(Told { program, procedure, payload: payload.to_vec() });
@@ -274,7 +209,7 @@ async fn read_all(mut read: OwnedReadHalf, shared: Arc<Shared>) {
             Err(error) => break format!("it cannot be read ({error})"),
         }
     };
-    shared.close(why);
+    shared.dialogue.close(why);
 }
 
 /// A packet without its length.
@@ -288,16 +223,9 @@ async fn next_packet(read: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     Ok(packet)
 }
 
-async fn write_all(mut queued: mpsc::Receiver<Vec<u8>>, mut write: OwnedWriteHalf, shared: Arc<Shared>) {
-    while let Some(packet) = queued.recv().await {
-        if let Err(error) = write.write_all(&packet).await {
-            return shared.close(format!("it cannot be written to ({error})"));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
     use tokio::net::UnixListener;
 
     use super::*;
@@ -345,7 +273,7 @@ mod tests {
         let error = ask().await.unwrap_err();
         assert!(matches!(error, Error::Gone { .. }), "{error}");
         assert!(rpc.closed().await.contains("closed by the daemon"));
-        assert!(rpc.shared.waiting().is_empty());
+        assert!(rpc.shared.dialogue.waiting().is_empty());
     }
 
     #[tokio::test]
@@ -359,7 +287,7 @@ mod tests {
         let rpc = Rpc::connect(&[path]).await.unwrap();
         let late = rpc.call(ECHO, Writer::default(), Duration::from_millis(5), |it| it.text()).await;
         assert!(matches!(late, Err(Error::Timeout { .. })), "{late:?}");
-        assert!(rpc.shared.waiting().is_empty());
+        assert!(rpc.shared.dialogue.waiting().is_empty());
     }
 
     #[tokio::test]
