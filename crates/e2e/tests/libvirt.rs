@@ -28,14 +28,11 @@ struct World {
 impl World {
     fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).unwrap();
         let libvirt = Libvirt::start(&dir.path().join("l")).unwrap();
         let disks = DISKS.map(|(target, bytes)| {
             let image = dir.path().join(format!("{target}.qcow2"));
-            let create = ["create", "-q", "-f", "qcow2"];
-            tool(Command::new("qemu-img").args(create).arg(&image).arg(bytes.to_string())).unwrap();
+            libvirt.make_disk(&image, bytes).unwrap();
             tool(Command::new("qemu-io").args(["-c", "write -P 17 1M 2M"]).arg(&image)).unwrap();
-            libvirt.give(&image).unwrap();
             (target, image)
         });
         libvirt

@@ -74,7 +74,6 @@ fn domain(image: &GuestImage, libvirt: &Libvirt, dir: &Path) {
 fn libvirt_passes_a_freeze_on_and_the_guest_is_thawed_whatever_happens() {
     let image = GuestImage::build().unwrap();
     let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     let libvirt = Libvirt::start(&dir.path().join("l")).unwrap();
     domain(&image, &libvirt, dir.path());
     let console = || std::fs::read_to_string(dir.path().join("l/console.log")).unwrap_or_default();

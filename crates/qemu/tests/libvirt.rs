@@ -28,13 +28,10 @@ impl World {
     fn new() -> Self {
         // Not /tmp's usual name: sockets lie deep below it.
         let dir = tempfile::Builder::new().prefix("ai").tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).unwrap();
         let libvirt = Libvirt::start(&dir.path().join("l")).unwrap();
         let disks = ["vda", "vdb"].map(|target| {
             let path = dir.path().join(format!("{target}.qcow2"));
-            tool(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("8M"))
-                .unwrap();
-            libvirt.give(&path).unwrap();
+            libvirt.make_disk(&path, 8 << 20).unwrap();
             (target, path)
         });
         let disks: Vec<(&str, &Path)> =
@@ -131,8 +128,7 @@ async fn a_domain_is_found_followed_through_its_lives_and_missed() {
     // Another name, and with a disk more before the others also other nodes in QEMU.
     world.virsh(&["domrename", DOMAIN, "www"]);
     let more = world.path("more.qcow2");
-    tool(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&more).arg("4M")).unwrap();
-    world.libvirt.give(&more).unwrap();
+    world.libvirt.make_disk(&more, 4 << 20).unwrap();
     let attach =
         ["attach-disk", "www", more.to_str().unwrap(), "sda", "--targetbus", "sata", "--subdriver", "qcow2"];
     world.virsh(&[&attach[..], &["--config"]].concat());

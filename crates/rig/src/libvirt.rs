@@ -1,7 +1,7 @@
 //! A libvirt daemon of one's own, in session mode: it shares nothing with the machine's, and ends with its owner.
 
-use std::fs;
-use std::os::unix::fs::chown;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -28,13 +28,16 @@ pub struct Libvirt {
 }
 
 impl Libvirt {
-    /// Starts one that keeps everything in a folder. Its path must be short: sockets lie deep below it.
+    /// Starts one that keeps everything in a folder, and lets others pass through the one around it. Its path must be
+    /// short: sockets lie deep below it.
     pub fn start(dir: &Path) -> Result<Self> {
         need("libvirtd", "libvirt-daemon libvirt-daemon-driver-qemu")?;
         need("virsh", "libvirt-clients")?;
         need("setpriv", "util-linux")?;
         need("qemu-system-x86_64", "qemu-system-x86")?;
         fs::create_dir_all(dir).map_err(doing(dir.display()))?;
+        let around = dir.parent().unwrap_or(dir);
+        fs::set_permissions(around, Permissions::from_mode(0o711)).map_err(doing(around.display()))?;
         let uid = tool(Command::new("id").arg("-u"))?;
         let is_root = uid.trim() == "0";
         for folder in [dir.to_owned(), dir.join("h"), dir.join("r"), dir.join("h/.config"), config_dir(dir)] {
@@ -72,6 +75,13 @@ impl Libvirt {
     /// Lets that user have a file or folder.
     pub fn give(&self, path: &Path) -> Result<()> {
         give(self.is_root, path)
+    }
+
+    /// Makes an empty qcow2 disk that its domains may use.
+    pub fn make_disk(&self, path: &Path, bytes: u64) -> Result<()> {
+        let create = ["create", "-q", "-f", "qcow2"];
+        tool(Command::new("qemu-img").args(create).arg(path).arg(bytes.to_string()))?;
+        self.give(path)
     }
 
     /// What `virsh` prints.
