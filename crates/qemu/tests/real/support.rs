@@ -28,6 +28,10 @@ pub struct Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+        // Only then: of each connection that a test cuts it has something to say.
+        if std::thread::panicking() {
+            eprintln!("{}", std::fs::read_to_string(self.path("stderr")).unwrap_or_default());
+        }
     }
 }
 
@@ -35,10 +39,12 @@ impl Process {
     /// Starts `program` in `dir`; `args` may say `DIR` for it. It must serve QMP at `DIR/qmp`.
     pub async fn start_in(dir: TempDir, program: &str, package: &str, args: &[&str]) -> Self {
         let path = dir.path().to_str().unwrap();
+        let stderr = std::fs::File::create(dir.path().join("stderr")).unwrap();
         let child = Command::new(program)
             .args(args.iter().map(|arg| arg.replace("DIR", path)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .unwrap_or_else(|error| panic!("needs {program}: apt-get install {package} ({error})"));
         let process = Self { dir, child };
