@@ -280,6 +280,7 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         damage: None,
         unsure: false,
         pinned: Vec::new(),
+        forwarded: Vec::new(),
         measured: Window::beginning(now),
     }
 }
