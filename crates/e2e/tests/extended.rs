@@ -25,7 +25,7 @@ struct Three {
 
 impl Three {
     /// A VM is replicated to `head`, every so often; nothing is passed on yet.
-    fn new(seed: u64, every: &str) -> Self {
+    fn new(seed: u64, every: &str, points: &str) -> Self {
         let mut world = World::new(seed);
         let mut far = Site::init(world.dir.path(), "far").unwrap();
         let line = Line::to(far.address()).unwrap();
@@ -40,7 +40,7 @@ impl Three {
         far.serve().unwrap();
         far.invite(&world.head).unwrap();
         world.write(1, PAUSE);
-        world.protect(every, &["--points", "3"]);
+        world.protect(every, &["--points", points]);
         world.replicating();
         Self { far, line, world }
     }
@@ -154,7 +154,7 @@ fn number(value: &Value) -> u64 {
 
 #[test]
 fn logs_are_passed_on_as_they_are_and_several_as_one() {
-    let mut three = Three::new(901, "15m");
+    let mut three = Three::new(901, "15m", "3");
     let head = &three.world.head;
     for (wrong, code) in [("branch", "usage"), ("nobody", "usage")] {
         let refused = head.run(&["extend", VM, "--to", wrong]).unwrap();
@@ -234,7 +234,7 @@ fn logs_are_passed_on_as_they_are_and_several_as_one() {
 
 #[test]
 fn each_site_dies_and_the_link_breaks_and_nothing_is_lost_or_compared() {
-    let mut three = Three::new(902, "1s");
+    let mut three = Three::new(902, "1s", "3");
     three.extend(&[]);
     for round in 0..3 {
         three.line.cut();
@@ -267,7 +267,7 @@ fn each_site_dies_and_the_link_breaks_and_nothing_is_lost_or_compared() {
 
 #[test]
 fn what_becomes_of_the_first_hop_the_extension_follows() {
-    let mut three = Three::new(903, "15m");
+    let mut three = Three::new(903, "15m", "0");
     three.extend(&[]);
     // Both sides of the first hop are compared: to the extension that is a log like others.
     three.world.burst(4, 7);
@@ -282,7 +282,7 @@ fn what_becomes_of_the_first_hop_the_extension_follows() {
 
     // The replica is lost in part: then the third site is compared too, and only what differs is sent.
     three.world.head.stop();
-    let disk = three.world.head.dir().join(elsewhere).join(&three.extension_id()).join("disks/system.raw");
+    let disk = three.world.head.dir().join(elsewhere).join(three.extension_id()).join("disks/system.raw");
     std::fs::remove_file(&disk).unwrap();
     three.world.head.serve().unwrap();
     let before = three.line.bytes();
@@ -351,7 +351,7 @@ fn disks(answer: &Value) -> Vec<(String, PathBuf)> {
 
 #[test]
 fn the_third_site_backs_up_and_takes_over() {
-    let mut three = Three::new(904, "1s");
+    let mut three = Three::new(904, "1s", "3");
     three.extend(&[]);
     let backup = three.far.ok(&["backup", VM]).unwrap();
     let to = three.world.dir.path().join("restored");
@@ -385,7 +385,7 @@ fn the_third_site_backs_up_and_takes_over() {
 
 #[test]
 fn after_a_failover_at_the_second_site_the_third_can_be_its_replica() {
-    let mut three = Three::new(905, "1s");
+    let mut three = Three::new(905, "1s", "0");
     three.extend(&[]);
     let written = three.world.quiet();
     three.sync();
