@@ -33,7 +33,11 @@ impl Third {
         }
         let names: Vec<DiskName> = forward.disks().into_iter().map(|disk| disk.name).collect();
         let mut records = Vec::new();
-        if forward.records(&names, 1, |record| records.push(record) == ()).unwrap() {
+        let mut take = |record| {
+            records.push(record);
+            true
+        };
+        if forward.records(&names, 1, &mut take).unwrap() {
             self.lifted += 1;
             apply(&a_log_of(forward, records), &mut disks);
             return disks;
