@@ -28,6 +28,8 @@ pub struct RetentionInput<'a> {
     pub pins: &'a [LogNumber],
     /// The points that a person has pinned.
     pub pinned: &'a [LogNumber],
+    /// The points after which logs are kept for a third site ([`crate::marks_kept`]).
+    pub forwarded: &'a [LogNumber],
     /// Whether somebody reads the flat base files.
     pub held: bool,
     /// How many hourly points to keep beside the latest one (0 to 24). With 0 only the latest is kept; else
@@ -55,6 +57,8 @@ pub enum KeptFor {
     Read,
     /// Somebody holds the flat files, which equal it.
     Held,
+    /// What changed since it is to be passed on to a third site.
+    Forwarded,
     /// A pass is under way: nothing goes before its end.
     PassUnderWay,
 }
@@ -70,6 +74,7 @@ impl KeptFor {
             Self::PinnedByHand => "pinned-by-hand",
             Self::Read => "read",
             Self::Held => "held",
+            Self::Forwarded => "forwarded",
             Self::PassUnderWay => "pass-under-way",
         }
     }
@@ -115,6 +120,7 @@ pub fn plan_retention(input: &RetentionInput<'_>) -> RetentionPlan {
         .keys()
         .chain(input.pins)
         .chain(input.pinned)
+        .chain(forwarded(input))
         .copied()
         .collect::<BTreeSet<_>>()
         .into_iter()
@@ -159,10 +165,19 @@ fn kept_points(input: &RetentionInput<'_>) -> BTreeMap<LogNumber, BTreeSet<KeptF
     let read = input.pins.iter().map(|number| (*number, KeptFor::Read));
     let pinned = input.pinned.iter().map(|number| (*number, KeptFor::PinnedByHand));
     let held = input.held.then_some((input.applied, KeptFor::Held));
-    for (number, why) in read.chain(pinned).chain(held).filter(|(number, _)| shown.contains(number)) {
+    let forwarded = forwarded(input).map(|number| (*number, KeptFor::Forwarded));
+    for (number, why) in
+        read.chain(pinned).chain(held).chain(forwarded).filter(|(number, _)| shown.contains(number))
+    {
         keep(number, why);
     }
     kept
+}
+
+/// What is folded in is told by the change map: a mark below the base keeps nothing.
+fn forwarded<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = &'a LogNumber> + use<'a> {
+    let applied = input.applied;
+    input.forwarded.iter().filter(move |mark| **mark >= applied)
 }
 
 fn pass_under_way(input: &RetentionInput<'_>, latest_point: LogNumber) -> bool {

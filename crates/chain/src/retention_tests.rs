@@ -39,6 +39,7 @@ fn input<'a>(points: &'a [PointInfo], logs: &'a [LogNumber]) -> RetentionInput<'
         applied: LogNumber(1),
         pins: &[],
         pinned: &[],
+        forwarded: &[],
         held: false,
         extra_hourly: 0,
         recent: 0,
@@ -191,6 +192,22 @@ fn each_point_that_stays_says_why() {
         (30, &["latest", "recent", "hourly", "pinned-by-hand"]),
     ];
     assert!(why.iter().map(|(n, w)| (*n, &w[..])).eq(expected.iter().copied()), "{why:?}");
+}
+
+#[test]
+fn what_is_to_be_passed_on_bounds_the_base_and_the_merges() {
+    let (points, numbers) = five_hours();
+    let marks = logs([12, 20]);
+    let plan = plan_retention(&RetentionInput { forwarded: &marks, ..input(&points, &numbers) });
+    assert_eq!(kept(&plan), logs([12, 20, 30]));
+    assert_eq!(plan.apply_through, Some(LogNumber(12)));
+    assert_eq!(plan.keep[0].why, [KeptFor::Forwarded].into());
+    let groups: Vec<_> = plan.compact.iter().map(|group| (group.start().0, group.end().0)).collect();
+    assert_eq!(groups, [(13, 20), (21, 30)]);
+    // A mark that is older than the base holds nothing any more.
+    let old = logs([0]);
+    let plan = plan_retention(&RetentionInput { forwarded: &old, ..input(&points, &numbers) });
+    assert_eq!((kept(&plan), plan.apply_through), (logs([30]), Some(LogNumber(30))));
 }
 
 proptest! {

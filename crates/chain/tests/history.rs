@@ -129,6 +129,7 @@ impl Replica {
             applied: self.applied,
             pins: &self.pins,
             pinned: &self.pinned,
+            forwarded: &[],
             held: self.held,
             extra_hourly,
             recent,

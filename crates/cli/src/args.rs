@@ -89,6 +89,10 @@ pub enum Command {
     Sync { vm: VmName },
     /// Stop protecting a VM; on the replica's site: remove its replica (its backups stay).
     Unprotect { vm: VmName },
+    /// Pass a replica on to a third site: a relationship of its own, which costs the primary nothing.
+    Extend(Extend),
+    /// End that; the third site keeps what it has.
+    Unextend { vm: VmName },
     /// Back up a replica.
     Backup(Backup),
     /// Backup jobs that wait or run, and the newest that have ended.
@@ -186,6 +190,24 @@ pub enum Peer {
     List,
     /// End the trust in a peer.
     Remove { name: String },
+}
+
+#[derive(Debug, Args)]
+pub struct Extend {
+    /// The VM, of which there is a replica here.
+    pub vm: VmName,
+    /// The peer that is to have a replica too.
+    #[arg(long, value_name = "PEER")]
+    pub to: String,
+    /// The time between cycles, no shorter than the replica's own; without it, the same.
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub every: Option<Duration>,
+    /// Hourly recovery points beside the latest one, there; without it, as many as here.
+    #[arg(long, value_name = "N")]
+    pub points: Option<u8>,
+    /// The most that is sent, in bytes per second (500k, 2M, 1G).
+    #[arg(long, value_parser = bytes_per_second, value_name = "RATE")]
+    pub bandwidth: Option<u64>,
 }
 
 #[derive(Debug, Args)]

@@ -168,6 +168,14 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Resync { vm } => Request::Resync { vm: vm.clone() },
         Command::Sync { vm } => Request::Sync { vm: vm.clone() },
         Command::Unprotect { vm } => Request::Unprotect { vm: vm.clone() },
+        Command::Extend(extend) => Request::Extend(site::Extend {
+            vm: extend.vm.clone(),
+            to: extend.to.clone(),
+            every_s: extend.every.map(|every| every.as_secs()),
+            points: extend.points,
+            bandwidth_bytes_per_s: extend.bandwidth,
+        }),
+        Command::Unextend { vm } => Request::Unextend { vm: vm.clone() },
         Command::Backup(backup) => Request::Backup(BackupRequest {
             vm: backup.vm.clone(),
             point: backup.point.clone(),

@@ -35,19 +35,18 @@ const COLUMNS: &[&str] = &[
     "applies_failed",
 ];
 
-/// One table for VMs protected here, one for replicas kept here.
+/// One table for VMs protected here and replicas passed on from here, one for replicas kept here.
 pub fn tables(measured: &[Value]) -> String {
     if measured.is_empty() {
         return "No VM is protected here, and there is no replica.".into();
     }
-    let of = |role: &str| measured.iter().filter(|vm| vm["role"] == role).collect::<Vec<_>>();
-    let [primaries, replicas] = ["primary", "replica"].map(of);
+    let (replicas, primaries): (Vec<_>, Vec<_>) = measured.iter().partition(|vm| vm["role"] == "replica");
     let mut shown = String::new();
     if !primaries.is_empty() {
         shown.push_str(&primaries_table(&primaries));
     }
     for vm in primaries.iter().filter(|vm| vm["last_error"].is_string()) {
-        let (name, at) = (text(&vm["name"]), moment(&vm["last_error_at"]));
+        let (name, at) = (sent(vm), moment(&vm["last_error_at"]));
         let _ = writeln!(shown, "\n{name}: last error at {at}: {}", text(&vm["last_error"]));
     }
     if !replicas.is_empty() {
@@ -57,10 +56,16 @@ pub fn tables(measured: &[Value]) -> String {
     shown
 }
 
+/// A VM may be kept here, and passed on from here.
+fn sent(vm: &Value) -> String {
+    let name = text(&vm["name"]);
+    if vm["role"] == "extension" { format!("{name} to {}", text(&vm["peer"])) } else { name.to_owned() }
+}
+
 fn primaries_table(vms: &[&Value]) -> String {
     let row = |vm: &&Value| {
         vec![
-            text(&vm["name"]).to_owned(),
+            sent(vm),
             moment(&vm["since"]),
             number(&vm["cycles_done"]),
             number(&vm["cycles_missed"]),

@@ -63,6 +63,18 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Pause { .. } | Request::Resume { .. } | Request::Resync { .. } | Request::Sync { .. } => {
             relationships(std::slice::from_ref(answer))
         }
+        Request::Extend(extend) => format!(
+            "The replica of {} is passed on to {} now.\n\n{}",
+            extend.vm,
+            extend.to,
+            relationships(std::slice::from_ref(answer))
+        ),
+        Request::Unextend { vm } => {
+            format!(
+                "The replica of {vm} is not passed on any more; {} keeps what it has.",
+                text(&answer["peer"])
+            )
+        }
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),

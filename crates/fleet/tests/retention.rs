@@ -42,6 +42,7 @@ proptest! {
                 applied: LogNumber(base),
                 pins: &pins,
                 pinned: &[],
+                forwarded: &[],
                 held: false,
                 extra_hourly,
                 recent: 0,

@@ -36,6 +36,6 @@ pub use encode::{Encoder, Summary};
 pub use error::{Error, ErrorKind, Result};
 pub use limits::RECORD_RAW_BYTES_MAX;
 pub use read::{LogMeta, Record, RecordReader, read_index};
-pub use record::{EncodedRecord, decode_record};
+pub use record::{EncodedRecord, decode_record, lift_record};
 pub use types::{DiskInfo, Encoding, Extent, Footer, Header, Index, RecordEntry};
 pub use verify::{Verified, Verifier, verify};

@@ -8,7 +8,7 @@ use zstd::zstd_safe;
 
 use crate::batch::RawRecord;
 use crate::error::{Error, ErrorKind};
-use crate::layout::{RECORD_HEAD_BYTES, RecordHead};
+use crate::layout::{RECORD_HEAD_BYTES, RecordHead, decode_extents};
 use crate::limits::RECORD_RAW_BYTES_MAX;
 use crate::types::{Encoding, Extent, RecordEntry};
 
@@ -117,17 +117,7 @@ pub fn decode_record(entry: &RecordEntry, record: &[u8], out: &mut Vec<u8>) -> R
 }
 
 fn decode(entry: &RecordEntry, record: &[u8], out: &mut Vec<u8>) -> Result<(), ErrorKind> {
-    let range = entry.file_range();
-    if (record.len() as u64) < range.end - range.start {
-        return Err(ErrorKind::Truncated);
-    }
-    let (part, rest) = record.split_first_chunk::<RECORD_HEAD_BYTES>().ok_or(ErrorKind::Truncated)?;
-    let (head, mut crc) = RecordHead::decode(part)?;
-    crc.add(rest);
-    crc.check()?;
-    if head != RecordHead::of(entry) || record.len() as u64 != head.record_bytes() {
-        return Err(ErrorKind::WrongRecord);
-    }
+    let (head, rest) = checked(entry, record)?;
     let payload = &rest[head.extent_bytes()..];
     match head.encoding {
         Encoding::Zstd => return decompress(payload, head.raw_bytes, out),
@@ -140,6 +130,40 @@ fn decode(entry: &RecordEntry, record: &[u8], out: &mut Vec<u8>) -> Result<(), E
         }
     }
     Ok(())
+}
+
+/// Takes a record out of a log as it is: its payload stays compressed, and its checksum, which is verified here, goes
+/// with it into the log that the record is put in. `record` is as for [`decode_record`].
+pub fn lift_record(entry: &RecordEntry, record: &[u8]) -> Result<EncodedRecord, Error> {
+    lift(entry, record).map_err(|kind| kind.at(entry.position))
+}
+
+fn lift(entry: &RecordEntry, record: &[u8]) -> Result<EncodedRecord, ErrorKind> {
+    let (head, rest) = checked(entry, record)?;
+    let (extents, payload) = rest.split_at(head.extent_bytes());
+    let prefix = &record[..RECORD_HEAD_BYTES + head.extent_bytes()];
+    Ok(EncodedRecord {
+        head,
+        extents: decode_extents(extents).collect(),
+        prefix: prefix.to_vec(),
+        payload: payload.to_vec(),
+    })
+}
+
+/// The head of a record that is the one of the index, and what comes after it.
+fn checked<'r>(entry: &RecordEntry, record: &'r [u8]) -> Result<(RecordHead, &'r [u8]), ErrorKind> {
+    let range = entry.file_range();
+    if (record.len() as u64) < range.end - range.start {
+        return Err(ErrorKind::Truncated);
+    }
+    let (part, rest) = record.split_first_chunk::<RECORD_HEAD_BYTES>().ok_or(ErrorKind::Truncated)?;
+    let (head, mut crc) = RecordHead::decode(part)?;
+    crc.add(rest);
+    crc.check()?;
+    if head != RecordHead::of(entry) || record.len() as u64 != head.record_bytes() {
+        return Err(ErrorKind::WrongRecord);
+    }
+    Ok((head, rest))
 }
 
 impl RecordEntry {

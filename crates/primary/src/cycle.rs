@@ -24,7 +24,7 @@ use crate::ahead::ReadAhead;
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
 use crate::ports::{Ahead, Capture, CaptureRequest, Disk, Guest, Ports, Remote};
-use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader};
+use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader, RecordSink};
 use crate::relationship::Relationship;
 use crate::rows::{KnownDisk, Protected};
 use crate::ship::{Cycle, Ledger, Shipment};
@@ -78,6 +78,10 @@ impl<P: Ports> Relationship<P> {
         if plan.base.is_none() {
             vm.stop_tracking(&disks).await?;
         }
+        if plan.purpose == Purpose::Changes && !vm.has_news(self.row.shipped.tracking).await? {
+            self.squared = true;
+            return Ok(self.nothing_to_send());
+        }
         self.squared = false; // until this cycle has ended well
         let shared = self.shared.clone();
         let room = self.worth_reading_ahead(plan).and_then(|bytes| shared.ahead.take(bytes));
@@ -104,6 +108,23 @@ impl<P: Ports> Relationship<P> {
                 }
                 Err(failure)
             }
+        }
+    }
+
+    /// The report of a cycle that found no newer moment.
+    fn nothing_to_send(&self) -> CycleReport {
+        let moment = self.row.point_at.unwrap_or(self.row.made_at);
+        CycleReport {
+            moment,
+            purpose: Purpose::Changes,
+            point: None,
+            note: None,
+            logs: 0,
+            log_bytes: 0,
+            data_bytes: 0,
+            zero_bytes: 0,
+            reading: Duration::ZERO,
+            total: Duration::ZERO,
         }
     }
 
@@ -255,7 +276,11 @@ impl<P: Ports> Relationship<P> {
         let request = CaptureRequest { disks, base: plan.base, next: plan.next, again };
         let agent = self.row.settings.agent().filter(|_| self.application_point_is_due(plan.purpose));
         match agent {
-            None => Ok((vm.begin_capture(request).await?, Consistency::Crash, None)),
+            None => {
+                let capture = vm.begin_capture(request).await?;
+                let consistency = capture.consistency();
+                Ok((capture, consistency, None))
+            }
             Some(agent) => {
                 let (capture, frozen) = vm.begin_capture_frozen(request, &agent).await?;
                 Ok(match frozen {
@@ -314,6 +339,7 @@ impl<P: Ports> Relationship<P> {
         let read = async {
             let open = capture.as_ref().expect("it is taken only after reading");
             check_sizes(&vm.resolve(&nodes).await?, &sizes)?;
+            let made = RecordSink::new(items.clone());
             let readers = open.readers().await?;
             let reader = Reader {
                 disks: &readers,
@@ -325,9 +351,15 @@ impl<P: Ports> Relationship<P> {
                 read_ahead: ahead,
                 items,
             };
+            let read = async {
+                if plan.purpose == Purpose::Changes && open.records(&made).await? {
+                    return made.end(sizes.iter().sum()).await;
+                }
+                reader.run().await
+            };
             tokio::select! {
                 biased;
-                result = reader.run() => result?,
+                result = read => result?,
                 over = open.watch() => return Err(over),
             }
             drop(readers);

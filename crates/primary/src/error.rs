@@ -20,6 +20,8 @@ pub enum FailureCode {
     QemuGone,
     /// QEMU refused a command, or a read of the fixed moment failed.
     Qemu,
+    /// The replica here, which is passed on to a third site, cannot be read.
+    Replica,
     /// Another program does something to the VM that must not be disturbed: a backup, a copy, a migration.
     InTheWay,
     /// The scratch reached its bound; the cycle was given up before a guest write could fail.

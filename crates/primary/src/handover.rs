@@ -11,7 +11,6 @@ use wire::{HandOver, HandedOver};
 use crate::ProtectRequest;
 use crate::error::{Error, Failure, FailureCode};
 use crate::ports::{Guest, Ports, Remote};
-use crate::protect::{check_settings, find_disks};
 use crate::relationship::{Relationship, Shared};
 use crate::rows::{self, Protected};
 
@@ -107,15 +106,9 @@ impl<P: Ports> Relationship<P> {
         vm: VmId,
         generation: u64,
     ) -> Result<Self, Error> {
-        let ProtectRequest { name, settings } = request;
-        check_settings(&settings, shared.config.interval_min_s)?;
-        if rows::is_known(&shared.catalog, &name)? {
-            return Err(Error::Exists(name));
-        }
-        let mut row = Protected::first(vm, name, settings, shared.now());
+        let mut row = Self::first_row(shared, request, vm).await?;
         row.generation = generation;
         row.phase = Phase::ResyncRequired { why: ResyncReason::Reversed };
-        row.disks = find_disks(&row, &shared.ports).await?;
         durable_step("primary::takeover::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::takeover::saved");

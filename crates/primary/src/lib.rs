@@ -50,7 +50,8 @@ pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
 use crate::ports::Ports;
 pub use crate::protect::find_domain;
-pub use crate::real::{PeerClients, Real};
+pub use crate::read::RecordSink;
+pub use crate::real::{PeerClients, Real, WireRemote, random_id};
 pub use crate::relationship::{Relationship, Shared, Stopper};
 pub use crate::rows::{Image, KnownDisk, Protected, Settings};
 use crate::runner::{Handle, Order};
@@ -194,6 +195,14 @@ impl<P: Ports> Primary<P> {
     /// Begins to protect a VM: finds its disks, and starts the initial replication.
     pub async fn protect(&self, request: ProtectRequest) -> Result<VmStatus, Error> {
         let relationship = Relationship::protect(&self.shared, request).await?;
+        let name = relationship.row().name.clone();
+        self.spawn(relationship);
+        self.get(&name).ok_or(Error::NoSuchVm(name))
+    }
+
+    /// Begins to pass on a VM that has its id already, as a replica of another site's.
+    pub async fn begin(&self, request: ProtectRequest, vm: VmId, generation: u64) -> Result<VmStatus, Error> {
+        let relationship = Relationship::begin(&self.shared, request, vm, generation).await?;
         let name = relationship.row().name.clone();
         self.spawn(relationship);
         self.get(&name).ok_or(Error::NoSuchVm(name))

@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
-use model::{DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
+use model::{Consistency, DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
 pub use qemu::AgentAddress;
 use serde_json::Value;
@@ -35,6 +35,7 @@ pub use wire::{
 };
 
 use crate::error::Failure;
+use crate::read::RecordSink;
 use crate::rows::{KnownDisk, Settings};
 
 /// Where a relationship's VM, its replica, the time and chance come from.
@@ -43,6 +44,11 @@ pub trait Ports: Send + Sync + 'static {
     type Guest: Guest;
     /// The way to a replica's site.
     type Remote: Remote;
+
+    /// Whether a relationship with these settings is one of these ports': a site may have several kinds.
+    fn serves(settings: &Settings) -> bool {
+        settings.monitor != qemu::Monitor::Replica
+    }
 
     /// Connects to the VM where its settings say that it is.
     fn connect(
@@ -104,6 +110,11 @@ pub trait Guest: Send + Sync + 'static {
         disks: &[Self::Disk],
         since: LogNumber,
     ) -> impl Future<Output = Result<Tracking, Failure>> + Send;
+
+    /// Whether there is a moment to fix that is newer than that of log `since`. A VM that runs always has one.
+    fn has_news(&self, _since: LogNumber) -> impl Future<Output = Result<bool, Failure>> + Send {
+        std::future::ready(Ok(true))
+    }
 
     /// Bytes changed since the moment of log `since`, as far as its bitmaps are there.
     fn pending_bytes(
@@ -215,6 +226,17 @@ pub trait Capture: Send + Sync + 'static {
 
     /// The moment: every write that the guest knew to be done before it is in.
     fn moment(&self) -> Timestamp;
+
+    /// What a point that is made of it comes to.
+    fn consistency(&self) -> Consistency {
+        Consistency::Crash
+    }
+
+    /// Gives all that changed since the moment of `base` as records that are made already. False if it has to be read;
+    /// then none was given.
+    fn records(&self, _to: &RecordSink) -> impl Future<Output = Result<bool, Failure>> + Send {
+        std::future::ready(Ok(false))
+    }
 
     /// Readers of its disks, in the order of the request.
     fn readers(&self) -> impl Future<Output = Result<Vec<Self::Reader>, Failure>> + Send;

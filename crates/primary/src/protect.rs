@@ -15,25 +15,46 @@ use crate::rows::{self, KnownDisk, Measured, Protected, Settings};
 impl<P: Ports> Relationship<P> {
     /// Finds the VM's disks and writes the relationship down. Nothing is replicated before its first cycle.
     pub async fn protect(shared: &Arc<Shared<P>>, request: ProtectRequest) -> Result<Self, Error> {
-        let ProtectRequest { name, settings } = request;
-        check_settings(&settings, shared.config.interval_min_s)?;
-        if rows::is_known(&shared.catalog, &name)? {
-            return Err(Error::Exists(name));
-        }
         let vm = VmId::from_bytes(shared.ports.random_id()?);
-        let mut row = Protected::first(vm, name, settings, shared.now());
-        if shared.ports.remote(&row.settings.peer).is_none() {
+        Self::begin(shared, request, vm, 1).await
+    }
+
+    /// The same for a VM that has its id already: a replica that is passed on.
+    pub async fn begin(
+        shared: &Arc<Shared<P>>,
+        request: ProtectRequest,
+        vm: VmId,
+        generation: u64,
+    ) -> Result<Self, Error> {
+        let peer = &request.settings.peer;
+        if shared.ports.remote(peer).is_none() {
             return Err(Error::Setting(format!(
-                "no peer is named {}; 'afterimage peer list' shows the ones there are",
-                row.settings.peer
+                "no peer is named {peer}; 'afterimage peer list' shows the ones there are"
             )));
         }
-        row.disks = find_disks(&row, &shared.ports).await?;
+        let mut row = Self::first_row(shared, request, vm).await?;
+        row.generation = generation;
         row.phase = first_phase(row.total_bytes());
         durable_step("primary::protect::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::protect::saved");
         Ok(Self::new(row, Measured::beginning(shared.now()), shared.clone()))
+    }
+
+    /// What is known of a VM before its first cycle, its disks among it.
+    pub(crate) async fn first_row(
+        shared: &Arc<Shared<P>>,
+        request: ProtectRequest,
+        vm: VmId,
+    ) -> Result<Protected, Error> {
+        let ProtectRequest { name, settings } = request;
+        check_settings(&settings, shared.config.interval_min_s)?;
+        if rows::is_known(&shared.catalog, &name)? {
+            return Err(Error::Exists(name));
+        }
+        let mut row = Protected::first(vm, name, settings, shared.now());
+        row.disks = find_disks(&row, &shared.ports).await?;
+        Ok(row)
     }
 }
 

@@ -45,6 +45,29 @@ pub(crate) enum Item {
     End(Progress),
 }
 
+/// Where records go that are made already.
+#[derive(Clone)]
+pub struct RecordSink(mpsc::Sender<Item>);
+
+impl RecordSink {
+    pub(crate) const fn new(items: mpsc::Sender<Item>) -> Self {
+        Self(items)
+    }
+
+    /// Takes a record, from a thread that may wait; false once nobody wants it any more.
+    pub fn take(&self, record: log::EncodedRecord) -> bool {
+        self.0.blocking_send(Item::Record(Compression::Done(record))).is_ok()
+    }
+
+    /// Everything that has changed was given.
+    pub(crate) async fn end(&self, total_bytes: u64) -> Result<(), Failure> {
+        let end = Item::End(Progress { covered_bytes: total_bytes, total_bytes });
+        // The other end is dropped only when shipping has failed; its failure is the one that is shown.
+        let sent = self.0.send(end).await;
+        sent.map_err(|_| Failure::transient(FailureCode::Stopped, "the cycle was stopped"))
+    }
+}
+
 /// When a pass has read enough for one log: a log is shipped whole or not at all, so this bounds what a
 /// lost link costs, and how long one moment stays fixed.
 #[derive(Debug, Clone, Copy)]

@@ -47,7 +47,7 @@ impl Ports for Real {
 
     async fn connect(&self, vm: VmId, settings: &Settings) -> Result<QemuGuest, Failure> {
         let (run_dir, scratch_dir) = match settings.monitor {
-            Monitor::Socket(_) => (self.run_dir.clone(), self.scratch_dir.clone()),
+            Monitor::Socket(_) | Monitor::Replica => (self.run_dir.clone(), self.scratch_dir.clone()),
             Monitor::Libvirt(_) => {
                 let folder = self.libvirt_dir.join(Names::new(vm).prefix());
                 (folder.clone(), folder)
@@ -79,6 +79,7 @@ impl Ports for Real {
                     Err(qemu::libvirt::Error::NoDomain { .. } | qemu::libvirt::Error::NotRunning { .. })
                 )
             }
+            Monitor::Replica => true,
         }
     }
 
@@ -91,12 +92,17 @@ impl Ports for Real {
     }
 
     fn random_id(&self) -> Result<[u8; 16], Failure> {
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).map_err(|error| {
-            Failure::transient(FailureCode::Catalog, format!("the system gave no random bytes: {error}"))
-        })?;
-        Ok(bytes)
+        random_id()
     }
+}
+
+/// Sixteen bytes of the system's chance.
+pub fn random_id() -> Result<[u8; 16], Failure> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        Failure::transient(FailureCode::Catalog, format!("the system gave no random bytes: {error}"))
+    })?;
+    Ok(bytes)
 }
 
 /// A VM by its QEMU.
@@ -297,6 +303,14 @@ impl DiskReader for NbdReader {
 /// A peer's site over HTTPS.
 #[derive(Clone)]
 pub struct WireRemote(Arc<Client>);
+
+impl WireRemote {
+    /// The site that this client talks to.
+    #[must_use]
+    pub const fn new(client: Arc<Client>) -> Self {
+        Self(client)
+    }
+}
 
 impl Remote for WireRemote {
     type Upload = Uploader;

@@ -20,6 +20,10 @@ use crate::ports::{Guest, Ports, Remote};
 use crate::rows::{self, Measured, Protected};
 use crate::{Config, VmStatus};
 
+/// How often a source that had nothing newer is asked again: this part of the interval, and no less than a moment.
+const NEWS_LOOKS: u32 = 10;
+const NEWS_LOOK_MIN: Duration = Duration::from_millis(100);
+
 /// No more of an error is kept in the monitoring window, in characters.
 const ERROR_CHARS: usize = 500;
 
@@ -104,7 +108,8 @@ impl<P: Ports> Relationship<P> {
             let measured = Measured::load(&shared.catalog, row.vm, shared.now())?;
             Ok(Self::new(row, measured, shared.clone()))
         };
-        rows::load(&shared.catalog)?.into_iter().map(with_window).collect()
+        let served = |row: &Protected| P::serves(&row.settings);
+        rows::load(&shared.catalog)?.into_iter().filter(served).map(with_window).collect()
     }
 
     pub(crate) fn new(row: Protected, measured: Measured, shared: Arc<Shared<P>>) -> Self {
@@ -158,7 +163,25 @@ impl<P: Ports> Relationship<P> {
         };
     }
 
-    /// Runs cycles until one made a point.
+    /// Whether all that there is has been sent, as far as is known without asking the replica's site; then what is due
+    /// is another look a little later.
+    pub async fn has_sent_everything(&mut self) -> bool {
+        let guest = self.guest.clone().filter(|guest| self.squared && guest.is_alive());
+        let Some(guest) = guest.filter(|_| self.row.phase == Phase::Replicating) else { return false };
+        if !matches!(guest.has_news(self.row.shipped.tracking).await, Ok(false)) {
+            return false;
+        }
+        self.book_a_look();
+        true
+    }
+
+    fn book_a_look(&mut self) {
+        self.book((self.row.settings.interval / NEWS_LOOKS).max(NEWS_LOOK_MIN));
+        // What is not there yet is not missed.
+        self.owed = Owed::from(self.next_at);
+    }
+
+    /// Runs cycles until one made a point, or there is nothing to make one of.
     pub async fn sync(&mut self) -> Result<(), Failure> {
         self.check_is_ours()?;
         if self.row.paused {
@@ -168,7 +191,7 @@ impl<P: Ports> Relationship<P> {
         loop {
             let before = self.row.phase.clone();
             match self.cycle_now().await {
-                Ok(report) if report.point.is_some() => return Ok(()),
+                Ok(report) if report.point.is_some() || report.logs == 0 => return Ok(()),
                 Ok(_) => {}
                 // A resynchronization that has just become necessary is a part of the way, not its end.
                 Err(failure)
@@ -279,6 +302,9 @@ impl<P: Ports> Relationship<P> {
         let (now, interval) = (self.shared.now(), self.row.settings.interval);
         self.row.failures = 0;
         self.row.error = None;
+        if report.logs == 0 {
+            return self.book_a_look();
+        }
         self.sent_bytes += report.log_bytes;
         self.pending_bytes = Some(0);
         self.last_cycle = Some(report.clone());

@@ -72,7 +72,7 @@ impl Settings {
         match (&self.guest_agent, &self.monitor) {
             (Some(socket), _) => Some(AgentAddress::Socket(socket.clone())),
             (None, Monitor::Libvirt(domain)) => self.app_every.map(|_| AgentAddress::Libvirt(domain.clone())),
-            (None, Monitor::Socket(_)) => None,
+            (None, Monitor::Socket(_) | Monitor::Replica) => None,
         }
     }
 }

@@ -89,7 +89,9 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
                 Some(order) => obey(&mut relationship, order).await,
             },
             () = sleep_for(due) => {
-                let _ = relationship.cycle_now().await;
+                if !relationship.has_sent_everything().await {
+                    let _ = relationship.cycle_now().await;
+                }
             }
             _ = looks.tick() => relationship.look().await,
         }

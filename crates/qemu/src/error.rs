@@ -38,6 +38,9 @@ impl From<&str> for ErrorClass {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The VM is known as a replica, and runs elsewhere.
+    #[error("there is a replica of the VM here, and no QEMU that runs it; ask the site where it runs")]
+    NoQemu,
     /// There is no QMP server at that path.
     #[error("cannot connect to the QMP socket {}: {source}; is the VM running with '-qmp unix:PATH,server=on,wait=off'?", .socket.display())]
     Connect {

@@ -40,6 +40,9 @@ pub enum Monitor {
     /// Libvirt has it, and passes on what we say.
     #[serde(rename = "libvirt")]
     Libvirt(DomainAddress),
+    /// There is no QEMU here: the VM runs elsewhere, and its replica on this machine is what is meant.
+    #[serde(rename = "replica")]
+    Replica,
 }
 
 impl std::fmt::Display for Monitor {
@@ -47,6 +50,7 @@ impl std::fmt::Display for Monitor {
         match self {
             Self::Socket(socket) => socket.display().fmt(f),
             Self::Libvirt(domain) => domain.fmt(f),
+            Self::Replica => f.write_str("the replica"),
         }
     }
 }
@@ -119,6 +123,7 @@ impl Vm {
                 let domain = Domain::connect(domain).await?;
                 (domain.qmp().await?, Some(UnderLibvirt::of(domain).await?))
             }
+            Monitor::Replica => return Err(Error::NoQemu),
         };
         if qmp.version() < OLDEST {
             return Err(Error::TooOld { found: qmp.version().to_string() });

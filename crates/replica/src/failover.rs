@@ -208,7 +208,7 @@ impl Store {
 }
 
 /// The VM's disks at a point.
-fn disks_at(state: &State, point: LogNumber) -> Result<Vec<DiskSize>> {
+pub(crate) fn disks_at(state: &State, point: LogNumber) -> Result<Vec<DiskSize>> {
     match state.logs.get(&point).filter(|_| point > state.applied()) {
         Some(log) => {
             let meta = log.open(&state.folder())?.meta()?;

@@ -137,6 +137,7 @@ impl Store {
         let points: Vec<PointInfo> = state.points.values().copied().collect();
         let logs: Vec<LogNumber> = state.logs.keys().copied().collect();
         let pins: Vec<LogNumber> = state.pins.keys().copied().collect();
+        let forwarded = state.marks_kept();
         let extra_hourly = state.row.doc.points;
         let plan = plan_retention(&RetentionInput {
             points: &points,
@@ -144,6 +145,7 @@ impl Store {
             applied: state.applied(),
             pins: &pins,
             pinned: &state.pinned(),
+            forwarded: &forwarded,
             held: base.stays(),
             extra_hourly,
             recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },

@@ -226,6 +226,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         damage: None,
         unsure: false,
         pinned: Vec::new(),
+        forwarded: Vec::new(),
         measured: Window::beginning(now),
     }
 }

@@ -21,7 +21,7 @@ use steps::durable_step;
 use crate::error::{Error, Refused, Result, is_no_space};
 use crate::folder::{Folder, parse_partial};
 use crate::fs::Files;
-use crate::relationship::{check_peer, refuses_logs, set_phase};
+use crate::relationship::{check_peer, fenced, refuses_logs, set_phase};
 use crate::rows::{self, LogRow};
 use crate::store::Store;
 use crate::vm::{ChainLog, State, Vm, read_exact};
@@ -54,7 +54,7 @@ pub(crate) struct Incoming {
 impl Store {
     /// How far the upload of a log is, so that a primary goes on where a broken link stopped it.
     pub fn upload_state(&self, peer: &str, vm: VmId, number: LogNumber, id: LogId) -> Result<UploadState> {
-        let vm = self.vm(vm)?;
+        let vm = self.vm_to_receive(vm)?;
         let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Head { number, id };
         if let Some(durable) = expect(&vm, peer, wanted)? {
@@ -78,7 +78,7 @@ impl Store {
         bytes: &[u8],
         last: bool,
     ) -> Result<UploadState> {
-        let vm = self.vm(vm)?;
+        let vm = self.vm_to_receive(vm)?;
         let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Head { number, id };
         if let Some(durable) = expect(&vm, peer, wanted)? {
@@ -107,6 +107,14 @@ impl Store {
             Some(incoming) => self.finish(&vm, incoming),
             None => Ok(UploadState { offset: offset + bytes.len() as u64, durable: false }),
         }
+    }
+
+    /// The VM that a log is for. Whoever goes on sending to what was failed over for good is told so.
+    fn vm_to_receive(&self, vm: VmId) -> Result<Arc<Vm>> {
+        self.vm(vm).map_err(|error| match rows::fence(self.catalog(), vm) {
+            Ok(Some(fence)) => fenced(&fence, fence.generation.saturating_sub(1)).into(),
+            _ => error,
+        })
     }
 
     fn begin(&self, vm: &Vm, head: Head) -> Result<Incoming> {

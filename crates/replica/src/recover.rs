@@ -156,6 +156,8 @@ impl Store {
         for pin in row.doc.pinned.extract_if(.., |pin| gone.contains(&pin.number)) {
             tracing::error!(vm = %state.row.name, point = %pin.id, "a point that was pinned by hand is lost with it");
         }
+        // Else what changed since could no longer be told.
+        row.doc.forwarded.retain(|mark| mark.at < first);
         let (id, dropped) = (row.vm, gone.clone());
         durable_step("replica::recover::losing");
         self.commit(state, row, move |tx| {

@@ -228,7 +228,7 @@ pub(crate) fn refuses_logs(state: &State) -> Option<Refused> {
 }
 
 /// Why the old primary of a VM that was failed over for good is turned away.
-fn fenced(fence: &rows::Fence, generation: u64) -> Refused {
+pub(crate) fn fenced(fence: &rows::Fence, generation: u64) -> Refused {
     let message = format!(
         "VM {} was failed over to this site for good and has run here since (generation {}); what you have is the VM of before (generation {generation}), and nothing of it is taken. Keep it switched off; 'afterimage failover reverse {}' here makes your site its replica, or run 'afterimage unprotect {}' at yours",
         fence.name, fence.generation, fence.name, fence.name
@@ -280,6 +280,7 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         damage: None,
         unsure: false,
         pinned: Vec::new(),
+        forwarded: Vec::new(),
         measured: Window::beginning(now),
     }
 }

@@ -14,6 +14,7 @@ use rusqlite::types::FromSqlError;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::forward::Mark;
 
 pub(crate) const MIGRATIONS: &[&str] = &["
 CREATE TABLE replica_vms (
@@ -165,6 +166,9 @@ pub(crate) struct VmDoc {
     /// The points that people have pinned, each of them shown.
     #[serde(default)]
     pub pinned: Vec<PinnedPoint>,
+    /// What a third site has, to which this replica is passed on.
+    #[serde(default)]
+    pub forwarded: Vec<Mark>,
     /// The monitoring window. It changes only with what is written anyway.
     #[serde(default)]
     pub measured: Window<ReplicaTally>,

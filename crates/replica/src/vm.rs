@@ -144,6 +144,18 @@ impl State {
         self.row.doc.pinned.iter().map(|pin| pin.number).collect()
     }
 
+    /// The points after which logs are kept for a third site.
+    pub fn marks_kept(&self) -> Vec<LogNumber> {
+        let doc = &self.row.doc;
+        if doc.forwarded.is_empty() {
+            return Vec::new();
+        }
+        let marks: Vec<LogNumber> = doc.forwarded.iter().map(|mark| mark.at).collect();
+        let logs: Vec<(LogNumber, u64)> =
+            self.logs.iter().map(|(number, log)| (*number, log.row.bytes)).collect();
+        chain::marks_kept(&marks, &logs, doc.offered.iter().map(|disk| disk.size_bytes).sum())
+    }
+
     /// What is asked of a merge of these logs: what a point pinned by hand keeps from the base is merged for its
     /// number too.
     pub fn compact_rule(&self, group: &[LogNumber]) -> CompactRule {
@@ -278,6 +290,14 @@ impl OpenLog {
         stored.resize(usize::try_from(range.end - range.start).unwrap_or(0), 0);
         read_exact(&*self.file, &self.path, stored, range.start)?;
         log::decode_record(entry, stored, out).map_err(|source| self.damaged(source))
+    }
+
+    /// Reads one record of it as it is, with its checksum.
+    pub fn lift(&self, entry: &log::RecordEntry, stored: &mut Vec<u8>) -> Result<log::EncodedRecord> {
+        let range = entry.file_range();
+        stored.resize(usize::try_from(range.end - range.start).unwrap_or(0), 0);
+        read_exact(&*self.file, &self.path, stored, range.start)?;
+        log::lift_record(entry, stored).map_err(|source| self.damaged(source))
     }
 }
 

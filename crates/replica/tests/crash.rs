@@ -12,6 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::*;
+use model::bitmaps::{after_durable, repair};
 use model::gate::{Access, Condition};
 use model::{ApplyState, LogClass, LogNumber, Phase, PointName, Purpose};
 use replica::Error;
@@ -49,6 +50,9 @@ enum Act {
     Failover,
     Pin,
     Unpin,
+    /// The replica is passed on: to the newest point, and once more.
+    Forward,
+    Unextend,
 }
 
 /// The fixed life: a pass, then cycles that overwrite the same bytes over hours, so that points go, logs are
@@ -63,11 +67,11 @@ fn life() -> Vec<Act> {
             8 => acts.extend([Act::Migrate, Act::Settle]),
             11 => acts.extend([Act::Settle, Act::Pin]),
             13 => acts.extend([Act::Settle, Act::Unpin]),
-            14 => acts.extend([Act::Settle, Act::Failover]),
+            14 => acts.extend([Act::Settle, Act::Failover, Act::Forward]),
             _ => {}
         }
     }
-    acts.push(Act::Settle);
+    acts.extend([Act::Forward, Act::Settle, Act::Unextend, Act::Settle]);
     acts
 }
 
@@ -135,6 +139,13 @@ fn live(dir: &Path) {
             Act::Migrate => drop(site.store.migrate(VM, &dir.join("elsewhere")).unwrap()),
             Act::Pin => drop(site.store.pin_point(VM, &"latest".parse().unwrap(), pinned_name()).unwrap()),
             Act::Unpin => drop(site.store.unpin_point(VM, &"kept".parse().unwrap()).unwrap()),
+            Act::Forward => {
+                let base = site.store.marks(VM).unwrap().first().map(|mark| mark.k);
+                let next = base.map_or(LogNumber(1), LogNumber::next);
+                drop(site.store.forward(VM, base, next).unwrap());
+                site.store.change_marks(VM, |found| after_durable(found, base, next)).unwrap();
+            }
+            Act::Unextend => site.store.change_marks(VM, |found| repair(found, None)).unwrap(),
             Act::Failover => {
                 let newest = site.store.points(VM).unwrap().last().unwrap().number;
                 site.store.failover_begin(VM, newest).unwrap();

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::control::{Commands, Reporter};
 use crate::events::{Event, Events};
 use crate::exports::Exports;
+use crate::extend::Extensions;
 use crate::failure::{Code, Failure};
 use crate::jobs::Jobs;
 use crate::measurements;
@@ -34,6 +35,7 @@ pub(crate) struct Site {
     pub peers: Arc<Peers>,
     pub events: Events,
     pub primary: Primary,
+    pub extensions: Extensions,
     pub store: Store,
     pub jobs: Arc<Jobs<Backups>>,
     pub exports: Arc<Exports>,
@@ -55,10 +57,19 @@ impl Commands for Site {
             Request::Points { vm, plan: true } => points::plan(&self.store, self.replica(&vm)?),
             Request::Pin { vm, point, name } => self.pin(&vm, point, name).await,
             Request::Unpin { vm, point } => self.unpin(&vm, point).await,
+            Request::Pause { vm } if self.is_extended(&vm) => {
+                self.of_primary(self.extensions.pause(&vm).await)
+            }
             Request::Pause { vm } => self.of_primary(self.primary.pause(&vm).await),
             Request::Resume { vm } => self.resume(&vm).await,
+            Request::Resync { vm } if self.is_extended(&vm) => {
+                self.of_primary(self.extensions.resync(&vm).await)
+            }
             Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Sync { vm } if self.is_extended(&vm) => self.of_primary(self.extensions.sync(&vm).await),
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
+            Request::Extend(extend) => self.extend(extend).await,
+            Request::Unextend { vm } => self.unextend(&vm).await,
             Request::Unprotect { vm } => self.unprotect(&vm).await,
             Request::Backup(request) => self.jobs.run(self.with_point_id(request), reporter.clone()).await,
             Request::Jobs => {
@@ -105,6 +116,7 @@ impl Site {
             .primary
             .status()
             .into_iter()
+            .chain(self.extensions.status())
             .filter(|vm| vm.settings.peer == name)
             .map(|vm| vm.name.to_string())
             .collect();
@@ -140,6 +152,11 @@ impl Site {
         self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
     }
 
+    /// Whether a VM is one whose replica is passed on from here.
+    fn is_extended(&self, vm: &VmName) -> bool {
+        self.primary.get(vm).is_none() && self.extensions.get(vm).is_some()
+    }
+
     /// The relationship after a command of the primary's side.
     fn of_primary(&self, outcome: Result<primary::VmStatus, primary::Error>) -> Result<Value, Failure> {
         match outcome {
@@ -156,12 +173,15 @@ impl Site {
         let now = now();
         let mut vms: Vec<VmView> =
             self.primary.status().iter().map(|status| VmView::of_primary(status, now)).collect();
+        let extensions = self.extensions.status();
         for vm in self.store.list() {
             // One that is being removed just now is no longer shown.
             if let Ok(status) = self.store.status(vm) {
                 vms.push(VmView::of_replica(vm, &status, now));
             }
         }
+        // After the replicas that they pass on: the order of equal names stays.
+        vms.extend(extensions.iter().map(|status| VmView::of_primary(status, now)));
         if let Some(name) = only {
             vms.retain(|vm| vm.name == name.as_str());
             if vms.is_empty() {
@@ -205,6 +225,12 @@ impl Site {
             let status = if reset { self.primary.reset_measurements(&status.name).await? } else { status };
             shown.push(measurements::of_primary(&status, window));
         }
+        for status in
+            self.extensions.status().into_iter().filter(|vm| only.is_none_or(|only| vm.name == *only))
+        {
+            let status = if reset { self.extensions.reset_measurements(&status.name).await? } else { status };
+            shown.push(measurements::of_primary(&status, window));
+        }
         for vm in self.store.list() {
             // One that is being removed just now is no longer shown.
             let Ok(status) = self.store.status(vm) else { continue };
@@ -224,6 +250,9 @@ impl Site {
     async fn resume(&self, vm: &VmName) -> Result<Value, Failure> {
         if let Some(id) = self.store.find(vm) {
             self.store.run(move |store| store.resume(id)).await?;
+            if self.is_extended(vm) {
+                return self.of_primary(self.extensions.resume(vm).await);
+            }
             return self.of_replica(id);
         }
         self.of_primary(self.primary.resume(vm).await)
@@ -233,6 +262,13 @@ impl Site {
         let Some(id) = self.store.find(vm) else {
             return self.of_primary(self.primary.unprotect(vm).await);
         };
+        if let Some(extension) = self.extensions.get(vm) {
+            let message = format!(
+                "the replica of {vm} is passed on to {}; run 'afterimage unextend {vm}' first",
+                extension.settings.peer
+            );
+            return Err(Failure::new(Code::Exists, message));
+        }
         let status = self.store.status(id)?;
         if !status.withdrawn && self.peers.get(&status.peer).is_some() {
             let message = format!(

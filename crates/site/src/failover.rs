@@ -195,12 +195,14 @@ impl Site {
             return Err(Failure::new(Code::NoSuchVm, message));
         };
         let (peer, interval_s, points) = fence.replicated;
+        let peer = to.unwrap_or(peer);
+        self.end_extension(fence.vm, &vm, &peer).await?;
         let interval = every_s.unwrap_or(if interval_s == 0 { INTERVAL_DEFAULT_SECONDS } else { interval_s });
         let settings = Settings {
             monitor: Monitor::Socket(qmp),
             nbd,
             nodes: Vec::new(),
-            peer: to.unwrap_or(peer),
+            peer,
             interval: Duration::from_secs(interval),
             points,
             app_every: None,

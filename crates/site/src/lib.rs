@@ -18,6 +18,7 @@ mod control;
 mod endpoint;
 mod events;
 mod exports;
+mod extend;
 mod failover;
 mod failure;
 mod init;
@@ -41,7 +42,8 @@ pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
 pub use request::{
-    BackupRequest, By, Check, Export, Exported, FailoverRequest, Line, Progress, Protect, Request, Reverse,
+    BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, Line, Progress, Protect, Request,
+    Reverse,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -12,7 +12,7 @@ pub(crate) fn of_primary(status: &primary::VmStatus, window: Duration) -> Value 
     let sum = &status.measured.sum;
     let error = status.last_error.as_ref();
     json!({
-        "name": status.name, "id": status.vm, "role": "primary", "peer": status.settings.peer,
+        "name": status.name, "id": status.vm, "role": crate::status::sending_role(status), "peer": status.settings.peer,
         "since": rfc3339(status.measured.since), "window_h": window.as_secs() / 3600,
         "health": status.health.health, "health_reason": status.health.reason,
         "cycles_done": sum.done, "cycles_missed": sum.missed, "cycles_failed": sum.failed,

@@ -92,6 +92,13 @@ pub enum Request {
         /// The VM.
         vm: VmName,
     },
+    /// Begins to pass a replica on to a third site.
+    Extend(Extend),
+    /// Ends that.
+    Unextend {
+        /// The VM.
+        vm: VmName,
+    },
     /// Backs up a replica and waits for the outcome.
     Backup(BackupRequest),
     /// The backup jobs that are not at their end, and the newest that are.
@@ -241,6 +248,21 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<SignOfLife>,
+}
+
+/// How a replica is to be passed on to a third site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extend {
+    /// The VM.
+    pub vm: VmName,
+    /// The third site.
+    pub to: String,
+    /// The interval in seconds; that of the replica if none is given.
+    pub every_s: Option<u64>,
+    /// Hourly points beside the latest, there; as many as here if nothing is given.
+    pub points: Option<u8>,
+    /// The bandwidth limit in bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
 }
 
 /// How a VM's QEMU is reached.

@@ -20,6 +20,7 @@ use crate::control;
 use crate::endpoint::SiteEndpoint;
 use crate::events::Events;
 use crate::exports::Exports;
+use crate::extend::{Extensions, ReplicaPorts};
 use crate::failure::{Code, Failure};
 use crate::jobs::Jobs;
 use crate::peers::Peers;
@@ -45,6 +46,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     let site = open(dir, config, &identity, &stop).await?;
     site.take_up_failovers().await;
     site.primary.start()?;
+    site.extensions.start()?;
     site.jobs.start()?;
 
     let endpoint = Arc::new(SiteEndpoint::new(site.clone()));
@@ -64,7 +66,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     tracing::info!("the site is stopping");
     stop.cancel();
     scheduled.abort(); // its QEMU goes with it
-    site.primary.shutdown().await;
+    tokio::join!(site.primary.shutdown(), site.extensions.shutdown());
     site.trials.end_all().await;
     // Callers that wait have been told by now; a connection that does not end must not keep us.
     let _ =
@@ -93,6 +95,12 @@ async fn open(
         let opened = tokio::task::spawn_blocking(move || Store::open(catalog, settings)).await;
         opened.map_err(|error| Failure::new(Code::Internal, error.to_string()))?.map_err(Failure::from)?
     };
+    let extensions = Extensions::open(
+        catalog.clone(),
+        // What is fixed already need not be read ahead of being fixed.
+        primary::Config { ahead_from_bytes: u64::MAX, ..primary_config(&config) },
+        ReplicaPorts { store: store.clone(), peers: peers.clone() },
+    )?;
     let config = Arc::new(config);
     let backups = Arc::new(Backups::new(dir.to_owned(), config.clone(), store.clone(), events.clone()));
     let window = Duration::from_secs(config.backup.window_min * 60);
@@ -110,6 +118,7 @@ async fn open(
         peers,
         events,
         primary,
+        extensions,
         store,
         jobs,
         exports,

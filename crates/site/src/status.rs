@@ -12,7 +12,7 @@ pub struct VmView {
     pub name: String,
     /// Its id, the same on both sides.
     pub id: VmId,
-    /// `primary` or `replica`.
+    /// `primary`, `replica`, or `extension`: a replica of this site, passed on to a third one.
     pub role: &'static str,
     /// The other side.
     pub peer: String,
@@ -155,8 +155,13 @@ pub(crate) fn apply_name(apply: &ApplyState) -> &'static str {
     }
 }
 
+/// Which of its roles the sending side of a relationship has.
+pub(crate) fn sending_role(status: &primary::VmStatus) -> &'static str {
+    if status.settings.monitor == primary::Monitor::Replica { "extension" } else { "primary" }
+}
+
 impl VmView {
-    /// A VM protected here.
+    /// A VM protected here, or passed on from here.
     #[must_use]
     pub fn of_primary(status: &primary::VmStatus, now: Timestamp) -> Self {
         let Assessment { health, reason } = status.health.clone();
@@ -164,7 +169,7 @@ impl VmView {
         Self {
             name: status.name.to_string(),
             id: status.vm,
-            role: "primary",
+            role: sending_role(status),
             peer: settings.peer.clone(),
             state: status.phase.name(),
             progress: progress(&status.phase),

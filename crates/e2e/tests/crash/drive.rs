@@ -65,6 +65,10 @@ pub enum Drive {
     MeasuredHere,
     /// and at the primary's.
     MeasuredThere,
+    /// The replica is passed on to a third site: for the first time,
+    Extend,
+    /// and once more.
+    ExtendedSync,
     /// An invite is made.
     Invite,
     /// An invite is used: at the site that made it,
@@ -122,6 +126,8 @@ impl Drive {
             Pin => "pin",
             Unpin => "unpin",
             MeasuredHere | MeasuredThere => "measurements --reset",
+            Extend => "extend",
+            ExtendedSync => "a cycle of an extension",
             Invite => "peer invite",
             Admit | Accept => "peer accept",
             RemovePeer => "peer remove",
@@ -165,6 +171,12 @@ impl Drive {
                 pair.head.ok(&["hold", VM, "--for", "1s"])?;
                 std::thread::sleep(Duration::from_millis(1100));
                 Ok(())
+            }
+            Extend => pair.third_site(),
+            ExtendedSync => {
+                pair.third_site()?;
+                pair.head.ok(&["extend", VM, "--to", "far"])?;
+                pair.passed_on()
             }
             Admit | Accept => pair.head.ok(&["peer", "remove", "branch"]).map(drop),
             BackupToNewFolders => {
@@ -257,6 +269,12 @@ impl Drive {
             MeasuredThere => order(branch, &["measurements", VM, "--reset"]),
             Pin => order(head, &["pin", VM, "latest", "--name", PINNED]),
             Unpin => order(head, &["unpin", VM, PINNED]),
+            Extend => order(head, &["extend", VM, "--to", "far"]),
+            ExtendedSync => {
+                // It may be passed on, and the site die, before this has its answer.
+                branch.run(&["sync", VM])?;
+                order(head, &["sync", VM])
+            }
             Invite => order(head, &["peer", "invite", "somebody"]),
             Admit | Accept => {
                 let invite = head.ok(&["peer", "invite", "branch"])?;
@@ -330,6 +348,7 @@ impl Drive {
                 pair.head.invite(&pair.branch)?;
                 pair.branch.ok(&["resume", VM]).map(drop)
             }
+            Extend | ExtendedSync => pair.end_extension(),
             Invite => {
                 let again = pair.head.run(&["peer", "invite", "somebody"])?;
                 if again.status == 0 { Ok(()) } else { Err(trouble(format!("{again:?}"))) }

@@ -5,7 +5,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rig::{LossyDisk, Process, Result, Site, StorageDaemon, Trouble, Writer, fill, wait_for};
+use rig::{
+    LossyDisk, Process, Result, Site, StorageDaemon, Trouble, Writer, fill, state_of_exports, wait_for,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 use witness::{Region, Script};
@@ -37,6 +39,8 @@ pub struct Pair {
     pub branch: Site,
     pub head: Site,
     pub daemon: StorageDaemon,
+    /// A third site, where one was needed.
+    far: Option<Site>,
     /// The lossy disks of the sites, where they are on such.
     disks: [Option<LossyDisk>; 2],
     pub dir: TempDir,
@@ -70,7 +74,7 @@ impl Pair {
             site.serve()?;
         }
         head.invite(&branch)?;
-        let mut pair = Self { writer: None, script, branch, head, daemon, disks, dir, points };
+        let mut pair = Self { writer: None, script, branch, head, daemon, far: None, disks, dir, points };
         pair.write_from(1)?;
         pair.protect()?;
         Ok(pair)
@@ -114,6 +118,43 @@ impl Pair {
     /// Overwrites the same place with other bytes.
     pub fn burst(&self, seed: u64) -> Result<()> {
         fill(&self.daemon, DISKS[1].0, BURST_AT, MIB, seed)
+    }
+
+    /// Makes a third site, if there is none yet, that takes replicas of the second.
+    pub fn third_site(&mut self) -> Result<()> {
+        if self.far.is_none() {
+            let mut far = Site::init(self.dir.path(), "far")?;
+            far.configure(&[("free-reserve-mib = 1024", "free-reserve-mib = 1")])?;
+            far.serve()?;
+            far.invite(&self.head)?;
+            self.far = Some(far);
+        }
+        Ok(())
+    }
+
+    /// A cycle of the second hop that ends well; then the third site's point is a moment of the VM.
+    pub fn passed_on(&self) -> Result<()> {
+        wait_for("a cycle of the second hop to end well", LONG, || {
+            Ok((self.head.run(&["sync", VM])?.status == 0).then_some(()))
+        })?;
+        let Some(far) = &self.far else { return Err(trouble("there is no third site")) };
+        let shown = far.ok(&["export", VM])?;
+        let uri = |name: &str| {
+            let disks = shown["disks"].as_array().cloned().unwrap_or_default();
+            let disk = disks.into_iter().find(|disk| disk["name"] == name);
+            disk.and_then(|disk| disk["uri"].as_str().map(str::to_owned)).unwrap_or_default()
+        };
+        let uris = DISKS.map(|(name, _)| uri(name));
+        state_of_exports(&self.script, self.begun(), &uris.each_ref().map(String::as_str))
+            .map_err(trouble)?;
+        far.ok(&["unexport", shown["export"].as_str().unwrap_or_default()]).map(drop)
+    }
+
+    /// Passes the replica on once more, and then no more.
+    pub fn end_extension(&self) -> Result<()> {
+        self.passed_on()?;
+        self.head.ok(&["unextend", VM])?;
+        self.far.as_ref().map_or(Ok(()), |far| far.ok(&["unprotect", VM]).map(drop))
     }
 
     /// A cycle that ends well, whatever had to be mended first.

@@ -48,6 +48,8 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("replica::folder::", Head, Start),
     ("replica::folder::gone", Head, Cancel),
     ("replica::folder::removed", Head, Cancel),
+    ("replica::forward::chang", Head, ExtendedSync),
+    ("replica::forward::mark", Head, Extend),
     ("replica::hold::", Head, Hold),
     ("replica::hold::expir", Head, HoldRunsOut),
     ("replica::hold::releas", Head, Release),

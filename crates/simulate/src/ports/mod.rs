@@ -53,7 +53,7 @@ impl Ports for SimPorts {
         self.turns.pass().await;
         let found = match &settings.monitor {
             Monitor::Socket(socket) => self.vms.get(socket).cloned(),
-            Monitor::Libvirt(_) => None,
+            Monitor::Libvirt(_) | Monitor::Replica => None,
         };
         let Some(machine) = found else {
             return Err(failure(FailureCode::QemuGone, "no VM is there"));
