@@ -299,6 +299,7 @@ impl ports::Guest for Guest {
     async fn give_back(&self, _disks: &[KnownDisk], base: Option<LogNumber>) -> Result<(), Failure> {
         self.alive()?;
         for disk in &mut self.world.lock().vm.disks {
+            let base = base.filter(|base| disk.bitmaps.contains_key(base));
             base.into_iter().for_each(|base| disk.repair(base));
         }
         Ok(())
