@@ -67,7 +67,9 @@ impl<P: Ports> Relationship<P> {
     pub(crate) async fn cycle(&mut self) -> Result<CycleReport, Failure> {
         let vm = self.connect_guest().await?;
         let disks = vm.resolve(&self.row.nodes()).await?;
-        if !self.squared {
+        let resized = |(now, known): (&DiskOf<P>, &KnownDisk)| now.known().size_bytes != known.size_bytes;
+        // The replica is told of it, too.
+        if !self.squared || disks.iter().zip(&self.row.disks).any(resized) {
             self.square_up(&vm, &disks).await?;
         }
         self.check_sizes(&disks).await?;
@@ -107,7 +109,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Tells the replica what we have, hears what it has, and squares the two.
     async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
-        let offer = self.offer(vm).await;
+        let offer = self.offer(vm, disks).await;
         let status = self.remote()?.offer(&offer).await?;
         if let Some(refused) = &status.refused {
             return Err(Failure {
@@ -145,7 +147,7 @@ impl<P: Ports> Relationship<P> {
         Ok(())
     }
 
-    async fn offer(&self, vm: &P::Guest) -> Offer {
+    async fn offer(&self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Offer {
         let row = &self.row;
         let mut definition = vm.definition().await.unwrap_or_default();
         if let (Some(sign), Some(told)) = (&row.settings.sign_of_life, definition.as_object_mut()) {
@@ -154,10 +156,13 @@ impl<P: Ports> Relationship<P> {
         Offer {
             vm: row.vm,
             vm_name: row.name.clone(),
-            disks: row
-                .disks
+            disks: disks
                 .iter()
-                .map(|d| OfferedDisk { name: d.name.clone(), size_bytes: d.size_bytes })
+                .zip(&row.disks)
+                .map(|(now, known)| OfferedDisk {
+                    name: known.name.clone(),
+                    size_bytes: now.known().size_bytes,
+                })
                 .collect(),
             interval_s: row.settings.interval.as_secs(),
             points: row.settings.points,
