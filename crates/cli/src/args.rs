@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::{PointName, PointRef, VmName};
+use model::{DiskName, PointName, PointRef, VmName};
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
@@ -87,6 +87,9 @@ pub enum Command {
     Resync { vm: VmName },
     /// Run a cycle now and wait until its point is at the replica.
     Sync { vm: VmName },
+    /// Disks of a VM that come and go while it is protected.
+    #[command(subcommand)]
+    Disk(Disk),
     /// Stop protecting a VM; on the replica's site: remove its replica (its backups stay).
     Unprotect { vm: VmName },
     /// Pass a replica on to a third site: a relationship of its own, which costs the primary nothing.
@@ -236,6 +239,9 @@ pub struct Protect {
     /// is named.
     #[arg(long = "disk", value_name = "NODE")]
     pub disks: Vec<String>,
+    /// A block node (with --libvirt: a target) not to protect, among all writable disks; repeat it for more.
+    #[arg(long = "exclude", value_name = "NODE", conflicts_with = "disks")]
+    pub excluded: Vec<String>,
     /// Hourly recovery points to keep beside the latest, 0 to 24.
     #[arg(long, default_value_t = 0)]
     pub points: u8,
@@ -251,6 +257,24 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica: agent, console:TEXT, tcp:PORT or runs:30s.
     #[arg(long, value_name = "SIGN")]
     pub sign_of_life: Option<SignOfLife>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Disk {
+    /// Replicate more disks. The others go on; a new one is in the points once it has been copied.
+    Add {
+        vm: VmName,
+        /// Their block nodes (under libvirt: their targets).
+        #[arg(required = true, value_name = "NODE")]
+        nodes: Vec<String>,
+    },
+    /// Replicate some disks no more. The points that have them keep them.
+    Remove {
+        vm: VmName,
+        /// Their names; `status VM` shows them.
+        #[arg(required = true, value_name = "DISK")]
+        disks: Vec<DiskName>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -20,7 +20,7 @@ use model::gate::Access;
 use serde_json::{Value, json};
 use site::{BackupRequest, By, Code, Config, Exported, Failure, Request};
 
-use crate::args::{Arguments, Command, Peer, View};
+use crate::args::{Arguments, Command, Disk, Peer, View};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -167,6 +167,10 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Resume { vm } => Request::Resume { vm: vm.clone() },
         Command::Resync { vm } => Request::Resync { vm: vm.clone() },
         Command::Sync { vm } => Request::Sync { vm: vm.clone() },
+        Command::Disk(Disk::Add { vm, nodes }) => Request::AddDisks { vm: vm.clone(), nodes: nodes.clone() },
+        Command::Disk(Disk::Remove { vm, disks }) => {
+            Request::RemoveDisks { vm: vm.clone(), disks: disks.clone() }
+        }
         Command::Unprotect { vm } => Request::Unprotect { vm: vm.clone() },
         Command::Extend(extend) => Request::Extend(site::Extend {
             vm: extend.vm.clone(),
@@ -254,6 +258,7 @@ fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
         guest_agent: protect.guest_agent.as_deref().map(absolute).transpose()?,
         bandwidth_bytes_per_s: protect.bandwidth,
         sign_of_life: protect.sign_of_life.clone(),
+        excluded: protect.excluded.clone(),
     })
 }
 

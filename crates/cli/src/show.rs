@@ -75,6 +75,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
                 text(&answer["peer"])
             )
         }
+        Request::AddDisks { .. } | Request::RemoveDisks { .. } => details(answer),
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),
@@ -201,7 +202,8 @@ fn state(vm: &Value) -> String {
 }
 
 fn noteworthy(vm: &Value) -> bool {
-    vm["health"] != "normal" || !vm["error"].is_null()
+    let joins = |disk: &Value| disk["copied_bytes"].is_u64();
+    vm["health"] != "normal" || !vm["error"].is_null() || list(&vm["disks"]).iter().any(joins)
 }
 
 fn details(vm: &Value) -> String {
@@ -219,7 +221,11 @@ fn details(vm: &Value) -> String {
         line("next try", moment(&at.into()));
     }
     for disk in list(&vm["disks"]) {
-        line("disk", format!("{}  {}", text(&disk["name"]), bytes(&disk["size_bytes"])));
+        let copied = match disk["copied_bytes"].as_u64() {
+            Some(_) => format!(", joins: {} copied", bytes(&disk["copied_bytes"])),
+            None => String::new(),
+        };
+        line("disk", format!("{}  {}{copied}", text(&disk["name"]), bytes(&disk["size_bytes"])));
     }
     if vm["interval_s"].is_u64() {
         line("interval", format!("{} s, {} hourly points", number(&vm["interval_s"]), number(&vm["points"])));

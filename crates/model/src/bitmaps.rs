@@ -56,10 +56,11 @@ pub fn after_durable(found: &[Ours], base: Option<LogNumber>, next: LogNumber) -
 }
 
 /// When it did not become durable, as far as is known: `base` is again what changed since its moment. Without a
-/// `base`, at the start of a pass, everything stays: should the log have arrived after all, `next` is what is
-/// needed, and if it has not, [`repair`] takes it away.
+/// `base`, at the start of a pass or on a disk that it had not come to, everything stays: should the log have arrived
+/// after all, `next` is what is needed, and if it has not, [`repair`] takes it away.
 #[must_use]
 pub fn after_failure(found: &[Ours], base: Option<LogNumber>) -> Vec<Step> {
+    let base = base.filter(|base| found.iter().any(|bitmap| bitmap.k == *base));
     base.map_or_else(Vec::new, |base| repair(found, Some(base)))
 }
 

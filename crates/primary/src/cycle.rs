@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, Timestamp,
-    Tracking, phase_after, plan_cycle,
+    Consistency, CyclePlan, DiskName, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason,
+    Timestamp, phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -21,9 +21,10 @@ use tokio::time::Instant;
 use wire::{Offer, OfferedDisk, RelationshipStatus};
 
 use crate::ahead::ReadAhead;
+use crate::cover::{DiskPart, covered, parts_of_changes, parts_of_pass};
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
-use crate::ports::{Ahead, Capture, CaptureRequest, Disk, Guest, Ports, Remote};
+use crate::ports::{Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, Ports, Remote};
 use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader, RecordSink};
 use crate::relationship::Relationship;
 use crate::rows::{KnownDisk, Protected};
@@ -65,16 +66,15 @@ impl<P: Ports> Relationship<P> {
     /// Runs one cycle. On failure the changes are where the next cycle finds them.
     pub(crate) async fn cycle(&mut self) -> Result<CycleReport, Failure> {
         let vm = self.connect_guest().await?;
-        let disks = self.check_disks(&vm).await?;
-        if !self.squared {
+        let disks = vm.resolve(&self.row.nodes()).await?;
+        let resized = |(now, known): (&DiskOf<P>, &KnownDisk)| now.known().size_bytes != known.size_bytes;
+        // The replica is told of it, too.
+        if !self.squared || disks.iter().zip(&self.row.disks).any(resized) {
             self.square_up(&vm, &disks).await?;
         }
-        let tracking = self.tracking(&vm, &disks).await?;
-        let row = &self.row;
-        let plan = match plan_cycle(&row.phase, &row.shipped, &tracking, row.total_bytes()) {
-            Ok(plan) => plan,
-            Err(why) => return Err(self.require_resync(why).await?),
-        };
+        self.check_sizes(&disks).await?;
+        let work = self.plan(&vm, &disks).await?;
+        let plan = work.plan;
         if plan.base.is_none() {
             vm.stop_tracking(&disks).await?;
         }
@@ -84,14 +84,14 @@ impl<P: Ports> Relationship<P> {
         }
         self.squared = false; // until this cycle has ended well
         let shared = self.shared.clone();
-        let room = self.worth_reading_ahead(plan).and_then(|bytes| shared.ahead.take(bytes));
+        let room = self.worth_reading_ahead(&work).and_then(|bytes| shared.ahead.take(bytes));
         let ahead = match (&room, plan.base) {
             (Some(room), Some(base)) => self.read_ahead(&vm, &disks, base, room.bytes).await,
             _ => None,
         };
-        let (capture, consistency, note) = self.fix_moment(&vm, &disks, plan, ahead.is_some()).await?;
+        let (capture, consistency, note) = self.fix_moment(&vm, &disks, &work, ahead.is_some()).await?;
         let (moment, fixed) = (capture.moment(), Instant::now());
-        let outcome = self.read_and_ship(&vm, capture, plan, ahead, moment, consistency).await;
+        let outcome = self.read_and_ship(&vm, capture, work, ahead, moment, consistency).await;
         drop(room);
         let base = plan.base;
         match outcome {
@@ -130,7 +130,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Tells the replica what we have, hears what it has, and squares the two.
     async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
-        let offer = self.offer(vm).await;
+        let offer = self.offer(vm, disks).await;
         let status = self.remote()?.offer(&offer).await?;
         if let Some(refused) = &status.refused {
             return Err(Failure {
@@ -168,7 +168,7 @@ impl<P: Ports> Relationship<P> {
         Ok(())
     }
 
-    async fn offer(&self, vm: &P::Guest) -> Offer {
+    async fn offer(&self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Offer {
         let row = &self.row;
         let mut definition = vm.definition().await.unwrap_or_default();
         if let (Some(sign), Some(told)) = (&row.settings.sign_of_life, definition.as_object_mut()) {
@@ -177,10 +177,13 @@ impl<P: Ports> Relationship<P> {
         Offer {
             vm: row.vm,
             vm_name: row.name.clone(),
-            disks: row
-                .disks
+            disks: disks
                 .iter()
-                .map(|d| OfferedDisk { name: d.name.clone(), size_bytes: d.size_bytes })
+                .zip(&row.disks)
+                .map(|(now, known)| OfferedDisk {
+                    name: known.name.clone(),
+                    size_bytes: now.known().size_bytes,
+                })
                 .collect(),
             interval_s: row.settings.interval.as_secs(),
             points: row.settings.points,
@@ -193,34 +196,62 @@ impl<P: Ports> Relationship<P> {
         }
     }
 
-    /// The disks as they are now; a changed set or size asks for a resynchronization.
-    async fn check_disks(&mut self, vm: &P::Guest) -> Result<Vec<DiskOf<P>>, Failure> {
-        let disks = vm.resolve(&self.row.nodes()).await?;
-        let found: Vec<KnownDisk> = disks
-            .iter()
-            .zip(&self.row.disks)
-            .map(|(now, known)| KnownDisk {
-                node: known.node.clone(),
-                name: known.name.clone(),
-                size_bytes: now.known().size_bytes,
-                image: now.known().image,
-            })
-            .collect();
-        let sized = |(now, known): &(&KnownDisk, &KnownDisk)| now.size_bytes != known.size_bytes;
-        if let Some((now, known)) = found.iter().zip(&self.row.disks).find(sized) {
-            let why = ResyncReason::DiskResized(format!(
-                "{}: {} bytes before, {} now",
-                known.name, known.size_bytes, now.size_bytes
-            ));
-            self.row.disks = found;
+    /// Looks at the disks' sizes. One that has grown is read to its new end by this cycle, and one that joins begins
+    /// anew; a disk that has shrunk, or any that changes its size within a pass, asks for a resynchronization.
+    async fn check_sizes(&mut self, disks: &[DiskOf<P>]) -> Result<(), Failure> {
+        let now = |(disk, known): (&DiskOf<P>, &KnownDisk)| {
+            let KnownDisk { size_bytes, image, .. } = disk.known();
+            KnownDisk { size_bytes, image, ..known.clone() }
+        };
+        let now: Vec<KnownDisk> = disks.iter().zip(&self.row.disks).map(now).collect();
+        if self.row.begins_pass() {
+            self.row.disks = now.into_iter().map(|disk| KnownDisk { joining: None, ..disk }).collect();
+            return Ok(());
+        }
+        let goes_on = |known: &KnownDisk, now: &KnownDisk| match known.joining {
+            Some(_) => true,
+            None if self.row.phase == Phase::Replicating => now.size_bytes >= known.size_bytes,
+            None => now.size_bytes == known.size_bytes,
+        };
+        if let Some((known, now)) = self.row.disks.iter().zip(&now).find(|(known, now)| !goes_on(known, now))
+        {
+            let (name, before, now) = (&known.name, known.size_bytes, now.size_bytes);
+            let why = ResyncReason::DiskResized(format!("{name}: {before} bytes before, {now} now"));
             return Err(self.require_resync(why).await?);
         }
-        self.row.disks = found;
-        Ok(disks)
+        for (known, now) in self.row.disks.iter_mut().zip(now) {
+            known.image = now.image;
+            if known.joining.is_some() && known.size_bytes != now.size_bytes {
+                (known.size_bytes, known.joining) = (now.size_bytes, Some(0));
+            }
+        }
+        Ok(())
     }
 
-    async fn tracking(&self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<Tracking, Failure> {
-        vm.inspect(disks, self.row.shipped.tracking).await
+    /// Decides what this cycle does, and what it looks at on each disk.
+    async fn plan(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<Work, Failure> {
+        let row = &self.row;
+        let covered = covered(&row.phase, &row.disks);
+        // Of what nothing has been read, no bitmap is needed.
+        let tracked: Vec<_> = disks
+            .iter()
+            .zip(covered)
+            .filter(|(_, covered)| *covered > 0)
+            .map(|(disk, _)| disk.clone())
+            .collect();
+        let tracking = vm.inspect(&tracked, row.shipped.tracking).await?;
+        let plan = match plan_cycle(&row.phase, &row.shipped, &tracking, row.total_bytes()) {
+            Ok(plan) => plan,
+            Err(why) => return Err(self.require_resync(why).await?),
+        };
+        let sizes: Vec<u64> = disks.iter().map(|disk| disk.known().size_bytes).collect();
+        let parts = match plan.purpose {
+            Purpose::Changes => parts_of_changes(&row.disks, &sizes),
+            Purpose::Initial | Purpose::Resync => parts_of_pass(&sizes, plan.covered_bytes),
+        };
+        let resized = |(known, &size_bytes): (&KnownDisk, &u64)| KnownDisk { size_bytes, ..known.clone() };
+        let after = row.disks.iter().zip(&sizes).map(resized).collect();
+        Ok(Work { plan, parts, after })
     }
 
     /// Writes down that both sides must be compared, tells the replica, and gives the failure to show.
@@ -237,8 +268,11 @@ impl<P: Ports> Relationship<P> {
     }
 
     /// About how many bytes this cycle will read, if reading ahead saves the guest something: the last one tells.
-    fn worth_reading_ahead(&self, plan: CyclePlan) -> Option<u64> {
-        let last = self.last_cycle.as_ref().filter(|_| plan.purpose == Purpose::Changes)?;
+    fn worth_reading_ahead(&self, work: &Work) -> Option<u64> {
+        // Only changes are read ahead, and only with a bitmap on every disk.
+        let only_changes = work.parts.iter().all(DiskPart::is_only_changes);
+        let last =
+            self.last_cycle.as_ref().filter(|_| only_changes && work.plan.purpose == Purpose::Changes)?;
         (last.data_bytes >= self.shared.config.ahead_from_bytes).then_some(last.data_bytes)
     }
 
@@ -270,10 +304,13 @@ impl<P: Ports> Relationship<P> {
         &mut self,
         vm: &P::Guest,
         disks: &[DiskOf<P>],
-        plan: CyclePlan,
+        work: &Work,
         again: bool,
     ) -> Result<(CaptureOf<P>, Consistency, Option<String>), Failure> {
-        let request = CaptureRequest { disks, base: plan.base, next: plan.next, again };
+        let plan = work.plan;
+        let fresh: Vec<usize> =
+            work.parts.iter().filter(|part| part.covered.is_empty()).map(|part| part.disk).collect();
+        let request = CaptureRequest { disks, fresh: &fresh, base: plan.base, next: plan.next, again };
         let agent = self.row.settings.agent().filter(|_| self.application_point_is_due(plan.purpose));
         match agent {
             None => {
@@ -306,26 +343,31 @@ impl<P: Ports> Relationship<P> {
         &mut self,
         vm: &P::Guest,
         capture: CaptureOf<P>,
-        plan: CyclePlan,
+        work: Work,
         ahead: Option<ReadAhead>,
         moment: Timestamp,
         consistency: Consistency,
     ) -> Result<(Shipment, Duration), Failure> {
         let remote = self.remote()?;
+        let Work { plan, parts, after } = work;
         let (vm_id, config) = (self.row.vm, self.shared.config.clone());
         let started = Instant::now();
+        // While a disk joins, the points of the others go on: it has half of the time between them.
+        let time = match plan.purpose {
+            Purpose::Changes => self.row.settings.interval / 2,
+            Purpose::Initial | Purpose::Resync => PASS_TIME,
+        };
         let stop = self.stop.clone();
         let (items, received) = mpsc::channel::<Item>(QUEUE_RECORDS);
         let nodes = self.row.nodes();
-        let sizes: Vec<u64> = self.row.disks.iter().map(|disk| disk.size_bytes).collect();
+        let sizes: Vec<u64> = after.iter().map(|disk| disk.size_bytes).collect();
+        let names: Vec<DiskName> = after.iter().map(|disk| disk.name.clone()).collect();
         let cycle = Cycle {
             ports: &self.shared.ports,
             remote: &remote,
             limiter: self.limiter.as_ref(),
             vm: vm_id,
-            disks: self
-                .row
-                .disks
+            disks: after
                 .iter()
                 .map(|d| log::DiskInfo { name: d.name.clone(), size_bytes: d.size_bytes })
                 .collect(),
@@ -341,10 +383,15 @@ impl<P: Ports> Relationship<P> {
             check_sizes(&vm.resolve(&nodes).await?, &sizes)?;
             let made = RecordSink::new(items.clone());
             let readers = open.readers().await?;
+            check_readers(&readers, &names, &sizes)?;
+            // What was made before speaks for changes alone.
+            let only_changes =
+                plan.purpose == Purpose::Changes && parts.iter().all(DiskPart::is_only_changes);
             let reader = Reader {
                 disks: &readers,
+                parts,
                 plan,
-                limits: PassLimits { data_bytes: config.initial_log_bytes, time: PASS_TIME },
+                limits: PassLimits { data_bytes: config.initial_log_bytes, time },
                 compress: config.compress,
                 level: config.compression_level,
                 digests: Digests { remote: &remote, vm: vm_id },
@@ -352,7 +399,7 @@ impl<P: Ports> Relationship<P> {
                 items,
             };
             let read = async {
-                if plan.purpose == Purpose::Changes && open.records(&made).await? {
+                if only_changes && open.records(&made).await? {
                     return made.end(sizes.iter().sum()).await;
                 }
                 reader.run().await
@@ -368,7 +415,7 @@ impl<P: Ports> Relationship<P> {
             vm.end_reading(capture).await
         };
         let mut ledger =
-            Rows { row: &mut self.row, catalog: &self.shared.catalog, plan, moment, consistency };
+            Rows { row: &mut self.row, catalog: &self.shared.catalog, plan, after, moment, consistency };
         let outcome = tokio::select! {
             biased;
             both = async { tokio::try_join!(read, cycle.ship(received, &mut ledger)) } => both,
@@ -383,16 +430,35 @@ impl<P: Ports> Relationship<P> {
     }
 }
 
+/// What one cycle is to do.
+struct Work {
+    plan: CyclePlan,
+    parts: Vec<DiskPart>,
+    /// The disks as they are agreed once it has ended.
+    after: Vec<KnownDisk>,
+}
+
 /// The ledger of a cycle is the VM's row in the catalog.
 struct Rows<'a> {
     row: &'a mut Protected,
     catalog: &'a Catalog,
     plan: CyclePlan,
+    after: Vec<KnownDisk>,
     moment: Timestamp,
     consistency: Consistency,
 }
 
 impl Ledger for Rows<'_> {
+    fn joined(&mut self, covered: &[u64]) -> usize {
+        let joining = self.after.iter_mut().filter(|disk| disk.joining.is_some());
+        joining.zip(covered).for_each(|(disk, &covered)| disk.joining = Some(covered));
+        // A log's disks go by their places: one that is whole waits for those before it.
+        let whole =
+            self.after.iter().take_while(|d| d.joining.is_none_or(|covered| covered == d.size_bytes)).count();
+        self.after[..whole].iter_mut().for_each(|disk| disk.joining = None);
+        whole
+    }
+
     async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure> {
         self.row.shipped.attempt = Some(attempt);
         durable_step("primary::attempt::saving");
@@ -404,6 +470,10 @@ impl Ledger for Rows<'_> {
     async fn durable(&mut self, attempt: LogAttempt, makes_point: bool) -> Result<(), Failure> {
         let row = &mut *self.row;
         row.shipped = row.shipped.with_acked(attempt);
+        // Not before, and not when its answer is lost: then what it had new of a disk is sent once more.
+        if attempt.ends_cycle {
+            row.disks.clone_from(&self.after);
+        }
         row.phase =
             phase_after(self.plan.purpose, makes_point, attempt.progress.unwrap_or_default(), &row.phase);
         if makes_point {
@@ -450,6 +520,16 @@ fn check_sizes<D: Disk>(now: &[D], known: &[u64]) -> Result<(), Failure> {
             Err(Failure::transient(FailureCode::Qemu, message))
         }
     }
+}
+
+/// What is fixed may be of another moment than what was looked at, and have other disks: where a point is passed on.
+fn check_readers<D: DiskReader>(readers: &[D], names: &[DiskName], sizes: &[u64]) -> Result<(), Failure> {
+    let found = readers.iter().map(|reader| (reader.name(), reader.size_bytes()));
+    if found.eq(names.iter().zip(sizes.iter().copied())) {
+        return Ok(());
+    }
+    let message = "the disks have changed just before the moment was fixed";
+    Err(Failure::transient(FailureCode::Disks, message))
 }
 
 fn report(

@@ -28,6 +28,8 @@ pub enum FailureCode {
     ScratchFull,
     /// Both sides must be compared; the next cycle begins with that.
     ResyncRequired,
+    /// A disk cannot be added or removed.
+    Disks,
     /// What was read could not be put into a log.
     Encode,
     /// The catalog of this site.

@@ -28,6 +28,10 @@ impl<P: Ports> Relationship<P> {
             None => {
                 self.bring_to_rest(shut_down).await?;
                 self.sync().await?;
+                // It would be missing over there. Nothing else changes any more: what is left goes fast.
+                while self.row.has_joining() {
+                    self.sync().await?;
+                }
                 // What changed while the last cycle ran would be lost: it has to be off after that, too.
                 self.check_quiet().await?;
                 self.ask_to_take_over(false).await?

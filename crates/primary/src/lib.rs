@@ -20,6 +20,7 @@ mod compress;
 mod cover;
 mod cycle;
 mod digests;
+mod disks;
 mod error;
 mod handover;
 pub mod ports;
@@ -37,8 +38,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Assessment, CycleBackoff, CycleTally, Health, HealthThresholds, LastError, LogNumber, Phase, Sum,
-    Timestamp, VmId, VmName,
+    Assessment, CycleBackoff, CycleTally, DiskName, Health, HealthThresholds, LastError, LogNumber, Phase,
+    Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -236,6 +237,16 @@ impl<P: Ports> Primary<P> {
     /// Compares both sides and sends what differs.
     pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
+    }
+
+    /// Begins to replicate more disks of a VM, by their nodes.
+    pub async fn add_disks(&self, name: &VmName, nodes: Vec<String>) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::AddDisks(nodes, done), WhenRunning::Wait).await
+    }
+
+    /// Ends the replication of some of its disks, by their names.
+    pub async fn remove_disks(&self, name: &VmName, disks: Vec<DiskName>) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::RemoveDisks(disks, done), WhenRunning::Wait).await
     }
 
     /// Gives a VM that is off to its replica's site, with everything: a planned failover. With `shut_down` the guest is

@@ -201,6 +201,8 @@ impl Disk for KnownDisk {
 pub struct CaptureRequest<'a, D> {
     /// The disks, all at one moment.
     pub disks: &'a [D],
+    /// The places of those that no `base` is needed of: nothing of them has been read yet.
+    pub fresh: &'a [usize],
     /// The bitmap that says what changed; none at the start of a pass.
     pub base: Option<LogNumber>,
     /// The bitmap that begins at the moment.

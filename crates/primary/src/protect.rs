@@ -98,11 +98,19 @@ pub(crate) async fn find_disks<P: Ports>(row: &Protected, ports: &P) -> Result<V
         [] => guest.disks().await?,
         nodes => guest.resolve(nodes).await?,
     };
+    let mut found: Vec<KnownDisk> = found.iter().map(Disk::known).collect();
+    if let Some(node) = row.settings.excluded.iter().find(|node| found.iter().all(|disk| disk.node != **node))
+    {
+        let nodes: Vec<_> = found.into_iter().map(|disk| disk.node).collect();
+        let nodes = nodes.join(", ");
+        return Err(Error::Setting(format!("there is no writable disk {node} to exclude; there is {nodes}")));
+    }
+    found.retain(|disk| !row.settings.excluded.contains(&disk.node));
     if found.is_empty() {
         return Err(Error::Setting(format!(
-            "QEMU at {} has no writable disk; name its block nodes with --disk",
+            "QEMU at {} has no writable disk to protect; name its block nodes with --disk",
             row.settings.monitor
         )));
     }
-    Ok(found.iter().map(Disk::known).collect())
+    Ok(found)
 }

@@ -14,14 +14,14 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
 use log::{Batcher, RawRecord};
-use model::{CyclePlan, Progress, Purpose};
+use model::{CyclePlan, LogId, Progress, Purpose};
 use nbd::{DirtyExtent, ReadRequest};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::ahead::ReadAhead;
 use crate::compress::{Compress, Compression};
-use crate::cover::{DiskPart, parts};
+use crate::cover::DiskPart;
 use crate::digests::{BLOCK_BYTES, Digests};
 use crate::error::{Failure, FailureCode};
 use crate::ports::{DiskReader, Remote, Which};
@@ -34,6 +34,10 @@ pub(crate) const REQUEST_BYTES_MAX: u64 = 512 * 1024;
 pub(crate) const MERGE_GAP_BYTES: u64 = 16 * 1024;
 /// Extents are asked for in stretches of this many bytes of disk.
 pub(crate) const STRETCH_BYTES: u64 = 1 << 30;
+/// A pass stops only between stretches of so many bytes: small ones keep its limits sharp.
+const STRETCH_OF_PASS_BYTES: u64 = 64 << 20;
+/// The same for a disk that joins: the changes of all others wait for it.
+const JOIN_STRETCH_BYTES: u64 = 4 << 20;
 /// Records being compressed or waiting to be sent.
 pub(crate) const QUEUE_RECORDS: usize = 8;
 
@@ -41,6 +45,8 @@ pub(crate) const QUEUE_RECORDS: usize = 8;
 pub(crate) enum Item {
     /// A record, possibly still being compressed.
     Record(Compression),
+    /// What was read of the disks that join goes into logs of its own; of each of them so many bytes are covered now.
+    Joined(Vec<u64>),
     /// Everything was read; the pass has come this far.
     End(Progress),
 }
@@ -68,8 +74,8 @@ impl RecordSink {
     }
 }
 
-/// When a pass has read enough for one log: a log is shipped whole or not at all, so this bounds what a
-/// lost link costs, and how long one moment stays fixed.
+/// When a pass, or the disks that join, have been read enough for one log: a log is shipped whole or not at all, so
+/// this bounds what a lost link costs, and how long one moment stays fixed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PassLimits {
     /// Bytes of data read.
@@ -78,8 +84,25 @@ pub(crate) struct PassLimits {
     pub time: Duration,
 }
 
+/// What a cycle has spent on what had never been read.
+struct Spent {
+    limits: PassLimits,
+    stretches: u32,
+    data_bytes: u64,
+    started: Instant,
+}
+
+impl Spent {
+    fn is_enough(&self) -> bool {
+        // However slow it is, each cycle gets on by one stretch.
+        self.stretches > 0
+            && (self.data_bytes >= self.limits.data_bytes || self.started.elapsed() >= self.limits.time)
+    }
+}
+
 pub(crate) struct Reader<'a, D, R> {
     pub disks: &'a [D],
+    pub parts: Vec<DiskPart>,
     pub plan: CyclePlan,
     pub limits: PassLimits,
     pub compress: Compress,
@@ -92,28 +115,56 @@ pub(crate) struct Reader<'a, D, R> {
 impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
     /// Reads everything that the plan asks for.
     pub async fn run(mut self) -> Result<(), Failure> {
-        let sizes: Vec<u64> = self.disks.iter().map(DiskReader::size_bytes).collect();
-        let total_bytes = sizes.iter().sum();
-        let mut covered_bytes = self.plan.covered_bytes.min(total_bytes);
-        let started = Instant::now();
-        let mut data_bytes = 0;
-        let mut full = false;
-        for part in parts(&sizes, covered_bytes) {
-            let mut batcher = Batcher::new(u16::try_from(part.disk).expect("a VM has few disks"));
-            if !part.covered.is_empty() && self.plan.base.is_some() {
-                self.changes(&part, &mut batcher).await?;
+        let total_bytes = self.disks.iter().map(DiskReader::size_bytes).sum();
+        let mut covered_bytes = match self.plan.purpose {
+            Purpose::Changes => total_bytes,
+            Purpose::Initial | Purpose::Resync => self.plan.covered_bytes.min(total_bytes),
+        };
+        let (joining, parts): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.parts).into_iter().partition(|part| part.joins);
+        let mut spent = Spent { limits: self.limits, stretches: 0, data_bytes: 0, started: Instant::now() };
+        if !joining.is_empty() {
+            let mut covered = Vec::new();
+            for part in joining {
+                covered.push(
+                    self.part(&part, JOIN_STRETCH_BYTES, &mut spent).await?.unwrap_or(part.covered.end),
+                );
             }
-            for stretch in stretches(&part.ahead) {
-                if full {
-                    break;
-                }
-                data_bytes += self.ahead(&part, stretch.clone(), &mut batcher).await?;
-                covered_bytes = part.starts_at + stretch.end;
-                full = data_bytes >= self.limits.data_bytes || started.elapsed() >= self.limits.time;
+            self.send(Item::Joined(covered)).await?;
+        }
+        for part in parts {
+            if let Some(end) = self.part(&part, STRETCH_OF_PASS_BYTES, &mut spent).await? {
+                covered_bytes = part.starts_at + end;
             }
-            self.emit(batcher.finish()).await?;
         }
         self.send(Item::End(Progress { covered_bytes, total_bytes })).await
+    }
+
+    /// Reads a part of a disk. Gives how far it has come with what had never been read, if it read any of that.
+    async fn part(
+        &mut self,
+        part: &DiskPart,
+        stretch_bytes: u64,
+        spent: &mut Spent,
+    ) -> Result<Option<u64>, Failure> {
+        let mut batcher = Batcher::new(u16::try_from(part.disk).expect("a VM has few disks"));
+        if !part.covered.is_empty() && self.plan.base.is_some() {
+            self.changes(part, &mut batcher).await?;
+        }
+        for stretch in by(STRETCH_BYTES, part.grown.clone()) {
+            self.whole(&self.disks[part.disk], stretch, &mut batcher).await?;
+        }
+        let mut come = None;
+        for stretch in by(stretch_bytes, part.ahead.clone()) {
+            if spent.is_enough() {
+                break;
+            }
+            spent.data_bytes += self.ahead(part, stretch.clone(), &mut batcher).await?;
+            spent.stretches += 1;
+            come = Some(stretch.end);
+        }
+        self.emit(batcher.finish()).await?;
+        Ok(come)
     }
 
     /// What changed in the part already covered.
@@ -146,12 +197,32 @@ impl<D: DiskReader, R: Remote> Reader<'_, D, R> {
         batcher: &mut Batcher,
     ) -> Result<u64, Failure> {
         let disk = &self.disks[part.disk];
-        let mut extents = disk.extents(stretch.clone(), Which::Data).await?;
         if self.plan.purpose == Purpose::Resync {
+            let extents = disk.extents(stretch.clone(), Which::Data).await?;
             return self.compare(disk, stretch, &extents, batcher).await;
         }
+        // A replica that has nothing has zeros everywhere. Later it may have a part of a cycle that was never ended.
+        if self.plan.predecessor != LogId::NONE {
+            return self.whole(disk, stretch, batcher).await;
+        }
+        let mut extents = disk.extents(stretch, Which::Data).await?;
         extents.retain(|extent| !extent.zero);
         self.read(disk, &extents, Vec::new(), batcher).await?;
+        Ok(extents.iter().map(|extent| extent.len).sum())
+    }
+
+    /// All of a stretch, whatever the replica has there: its data and its zeros. Returns the bytes of data read.
+    async fn whole(&self, disk: &D, stretch: Range<u64>, batcher: &mut Batcher) -> Result<u64, Failure> {
+        let mut extents = disk.extents(stretch.clone(), Which::Data).await?;
+        extents.retain(|extent| !extent.zero);
+        let mut zeros = Vec::new();
+        let mut at = stretch.start;
+        for extent in &extents {
+            zeros.extend((at < extent.offset).then(|| (at, Ready::Zero(extent.offset - at))));
+            at = extent.end();
+        }
+        zeros.extend((at < stretch.end).then(|| (at, Ready::Zero(stretch.end - at))));
+        self.read(disk, &extents, zeros, batcher).await?;
         Ok(extents.iter().map(|extent| extent.len).sum())
     }
 
@@ -266,11 +337,6 @@ fn reads<D: DiskReader>(
 
 pub(crate) fn by(step: u64, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     (range.start..range.end).step_by(step as usize).map(move |start| start..range.end.min(start + step))
-}
-
-/// A pass stops only between stretches: small ones keep its limits sharp.
-fn stretches(ahead: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
-    by(64 << 20, ahead.clone())
 }
 
 /// Rounds extents outwards to whole blocks and merges them.

@@ -116,6 +116,7 @@ impl QemuGuest {
     fn request(&self, asked: &CaptureRequest<'_, qemu::Disk>) -> qemu::CaptureRequest {
         qemu::CaptureRequest {
             disks: asked.disks.to_vec(),
+            fresh: asked.fresh.to_vec(),
             base: asked.base,
             next: asked.next,
             again: asked.again,
@@ -221,6 +222,7 @@ impl Disk for qemu::Disk {
             name: self.name.clone(),
             size_bytes: self.size_bytes,
             image: self.image.clone(),
+            joining: None,
         }
     }
 }

@@ -154,9 +154,12 @@ impl<P: Ports> Relationship<P> {
         (!blocked).then_some(left)
     }
 
-    /// Asks a VM that is connected how much has changed since the last cycle.
+    /// Asks a VM that is connected how much has changed since the last cycle, and whether it has got disks.
     pub async fn look(&mut self) {
         let Some(guest) = self.guest.clone().filter(|guest| guest.is_alive()) else { return };
+        if let Err(error) = self.adopt_disks().await {
+            tracing::debug!(vm = %self.row.name, %error, "the VM's disks were not looked at");
+        }
         self.pending_bytes = match guest.resolve(&self.row.nodes()).await {
             Ok(disks) => guest.pending_bytes(&disks, self.row.shipped.tracking).await.ok(),
             Err(_) => None,
@@ -203,7 +206,7 @@ impl<P: Ports> Relationship<P> {
         }
     }
 
-    fn check_is_ours(&self) -> Result<(), Failure> {
+    pub(crate) fn check_is_ours(&self) -> Result<(), Failure> {
         if self.row.phase != Phase::FailedOver {
             return Ok(());
         }
@@ -308,8 +311,9 @@ impl<P: Ports> Relationship<P> {
         self.sent_bytes += report.log_bytes;
         self.pending_bytes = Some(0);
         self.last_cycle = Some(report.clone());
-        // A pass goes on at once. A cycle that took longer than its interval is not made up for.
-        let pause = if report.point.is_some() { interval } else { Duration::ZERO };
+        // A pass goes on at once, and so does what a disk joins by. A cycle that took longer than its interval is not made up for.
+        let goes_on = report.point.is_none() || self.row.has_joining();
+        let pause = if goes_on { Duration::ZERO } else { interval };
         self.book(pause.saturating_sub(now.since(started)));
         let tally = if report.purpose == Purpose::Changes {
             let latency_ms = tally_ms(report.total);
@@ -367,6 +371,11 @@ impl<P: Ports> Relationship<P> {
         self.row.save_measured(&self.shared.catalog, &self.measured).await?;
         durable_step("primary::measured::saved");
         Ok(())
+    }
+
+    /// The next cycle is due at once.
+    pub(crate) fn book_now(&mut self) {
+        self.book(Duration::ZERO);
     }
 
     /// The next cycle is due after this time.

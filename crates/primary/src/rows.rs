@@ -64,6 +64,9 @@ pub struct Settings {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<String>,
+    /// Where every writable disk is protected: all but these nodes, or targets of a domain of libvirt's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub excluded: Vec<String>,
 }
 
 impl Settings {
@@ -89,6 +92,10 @@ pub struct KnownDisk {
     /// The file that it lies in, where it lies in one.
     #[serde(default)]
     pub image: Option<Image>,
+    /// So much of a disk that has joined is at the replica, from its start, in bytes. It is in no recovery point before
+    /// all of it is. None of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joining: Option<u64>,
 }
 
 pub use qemu::Image;
@@ -152,6 +159,22 @@ impl Protected {
     /// Bytes of all disks together.
     pub fn total_bytes(&self) -> u64 {
         self.disks.iter().map(|disk| disk.size_bytes).sum()
+    }
+
+    /// Whether the next cycle is the first of a pass.
+    pub(crate) fn begins_pass(&self) -> bool {
+        match self.phase {
+            Phase::InitialReplication { progress } | Phase::Resynchronizing { progress } => {
+                progress.covered_bytes == 0
+            }
+            Phase::ResyncRequired { .. } => true,
+            Phase::Replicating | Phase::Failover { .. } | Phase::FailedOver => false,
+        }
+    }
+
+    /// Whether a disk has joined and is not whole at the replica yet.
+    pub fn has_joining(&self) -> bool {
+        self.disks.iter().any(|disk| disk.joining.is_some())
     }
 
     /// The QEMU nodes of all disks.
@@ -280,12 +303,14 @@ mod tests {
                 guest_agent: None,
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
+                excluded: vec!["cd0".into()],
             },
             disks: vec![KnownDisk {
                 node: "vda".into(),
                 name: "vda".parse().unwrap(),
                 size_bytes: 1 << 30,
                 image: None,
+                joining: Some(1 << 20),
             }],
             phase: Phase::InitialReplication { progress: Progress { covered_bytes: 1, total_bytes: 2 } },
             paused: true,

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use model::DiskName;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
@@ -23,6 +24,8 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    AddDisks(Vec<String>, oneshot::Sender<Result<(), Failure>>),
+    RemoveDisks(Vec<DiskName>, oneshot::Sender<Result<(), Failure>>),
     /// Give the VM to the replica's site.
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
@@ -105,6 +108,8 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::AddDisks(nodes, done) => (done, relationship.add_disks(&nodes).await),
+        Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
     };

@@ -26,6 +26,7 @@ pub(crate) struct Cycle<'a, P: Ports> {
     pub remote: &'a P::Remote,
     pub limiter: Option<&'a RateLimiter>,
     pub vm: VmId,
+    /// Those that join last. A point's own log names the disks that it has, and only those.
     pub disks: Vec<log::DiskInfo>,
     pub plan: CyclePlan,
     pub moment: Timestamp,
@@ -44,6 +45,9 @@ pub(crate) struct Shipment {
 
 /// Where the cycle writes down which log it is about to have made durable.
 pub(crate) trait Ledger: Send {
+    /// So much is covered of each disk that joins, in their order, once this cycle has ended. Gives how many of all
+    /// disks the VM's points have then.
+    fn joined(&mut self, covered: &[u64]) -> usize;
     fn about_to_finish(&mut self, attempt: LogAttempt) -> impl Future<Output = Result<(), Failure>> + Send;
     fn durable(
         &mut self,
@@ -62,18 +66,26 @@ impl<P: Ports> Cycle<'_, P> {
         let mut shipment = Shipment::default();
         let mut predecessor = self.plan.predecessor;
         let mut number = self.plan.next;
-        let mut log = self.begin(self.next_head(number)?, predecessor)?;
+        let mut disks = &self.disks[..];
+        let mut log = self.begin(self.next_head(number)?, predecessor, disks)?;
         while let Some(item) = items.recv().await {
+            let ends = match &item {
+                Item::Record(_) => log.is_full(),
+                Item::Joined(_) => true,
+                Item::End(_) => false,
+            };
+            if let Item::Joined(covered) = &item {
+                disks = &self.disks[..ledger.joined(covered)];
+            }
+            if ends {
+                let head = log.head;
+                log.finish(self, None, ledger, &mut shipment).await?;
+                (number, predecessor) = (number.next(), head.id);
+                log = self.begin(self.next_head(number)?, predecessor, disks)?;
+            }
             match item {
-                Item::Record(record) => {
-                    if log.is_full() {
-                        let head = log.head;
-                        log.finish(self, None, ledger, &mut shipment).await?;
-                        (number, predecessor) = (number.next(), head.id);
-                        log = self.begin(self.next_head(number)?, predecessor)?;
-                    }
-                    log.record(record.finish().await?).await?;
-                }
+                Item::Record(record) => log.record(record.finish().await?).await?,
+                Item::Joined(_) => {}
                 Item::End(progress) => {
                     log.finish(self, Some(progress), ledger, &mut shipment).await?;
                     return Ok(shipment);
@@ -87,7 +99,12 @@ impl<P: Ports> Cycle<'_, P> {
         Ok(Head { number, id: LogId::from_bytes(self.ports.random_id()?) })
     }
 
-    fn begin(&self, head: Head, predecessor: LogId) -> Result<OpenLog<UploadOf<P>>, Failure> {
+    fn begin(
+        &self,
+        head: Head,
+        predecessor: LogId,
+        disks: &[log::DiskInfo],
+    ) -> Result<OpenLog<UploadOf<P>>, Failure> {
         let header = Header {
             vm: self.vm,
             id: head.id,
@@ -95,7 +112,7 @@ impl<P: Ports> Cycle<'_, P> {
             predecessor,
             moment: self.moment,
             purpose: self.plan.purpose,
-            disks: self.disks.clone(),
+            disks: disks.to_vec(),
         };
         let encoder = Encoder::new(Vec::new(), &header).map_err(encode_failure)?;
         let upload = self.remote.upload(LogUpload {

@@ -39,6 +39,8 @@ const END_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), D
 pub struct CaptureRequest {
     /// The disks, all at one moment.
     pub disks: Vec<Disk>,
+    /// The places of those that no `base` is needed of: nothing of them has been read yet.
+    pub fresh: Vec<usize>,
     /// The bitmap that says what changed: it is frozen at the moment and can be read with the data.
     pub base: Option<LogNumber>,
     /// The bitmap that begins at the moment.
@@ -49,6 +51,13 @@ pub struct CaptureRequest {
     pub scratch_dir: PathBuf,
     /// The most that it may take there.
     pub scratch_limit_bytes: u64,
+}
+
+impl CaptureRequest {
+    /// The bitmap that ends at the moment, of one of the disks.
+    fn base_of(&self, place: usize) -> Option<LogNumber> {
+        self.base.filter(|_| !self.fresh.contains(&place))
+    }
 }
 
 /// A fixed moment. [`Vm::end_reading`] ends it; so does dropping it.
@@ -288,25 +297,27 @@ async fn prepare(vm: &Vm, request: &CaptureRequest) -> Result<Scratch, Error> {
     Ok(scratch)
 }
 
-/// Brings the bitmaps to `base` alone; an error if that no longer tells all changes.
+/// Brings the bitmaps to `base` alone, and to none on a fresh disk; an error if that no longer tells all changes.
 async fn repair(vm: &Vm, request: &CaptureRequest) -> Result<(), Error> {
     let graph = vm.graph().await?;
+    let (mut tracked, mut fresh) = (Vec::new(), Vec::new());
+    for (place, disk) in request.disks.iter().enumerate() {
+        let to = if request.base_of(place).is_some() { &mut tracked } else { &mut fresh };
+        to.push(disk.clone());
+    }
     if let Some(base) = request.base
-        && let Tracking::Broken(why) = inspect_repairable(vm, &graph, request, base)
+        && let Tracking::Broken(why) = inspect_repairable(vm, &graph, &tracked, base)
     {
         return Err(Error::Tracking(why));
     }
-    bitmaps::repair_all(&vm.inner.qmp, &graph, vm.names(), &request.disks, request.base, request.again).await
+    let (qmp, names, again) = (&vm.inner.qmp, vm.names(), request.again);
+    bitmaps::repair_all(qmp, &graph, names, &fresh, None, again).await?;
+    bitmaps::repair_all(qmp, &graph, names, &tracked, request.base, again).await
 }
 
 /// Whether `base` will tell all changes once it is repaired.
-fn inspect_repairable(
-    vm: &Vm,
-    graph: &crate::graph::Graph,
-    request: &CaptureRequest,
-    base: LogNumber,
-) -> Tracking {
-    for disk in &request.disks {
+fn inspect_repairable(vm: &Vm, graph: &crate::graph::Graph, disks: &[Disk], base: LogNumber) -> Tracking {
+    for disk in disks {
         let found = bitmaps::ours(graph, vm.names(), disk);
         if let Err(why) = judge_repairable(&disk.name, &found, base) {
             return Tracking::Broken(why);
@@ -367,9 +378,9 @@ fn actions(vm: &Vm, request: &CaptureRequest) -> Vec<Value> {
         }
         actions.push(json!({"type": "blockdev-backup", "data": data}));
     }
-    for disk in &request.disks {
-        actions
-            .extend(at_moment(request.base, request.next).into_iter().map(|step| action(names, disk, step)));
+    for (i, disk) in request.disks.iter().enumerate() {
+        let steps = at_moment(request.base_of(i), request.next);
+        actions.extend(steps.into_iter().map(|step| action(names, disk, step)));
         if request.again {
             let data = json!({"node": disk.block_node, "name": names.again()});
             actions.push(json!({"type": "block-dirty-bitmap-disable", "data": data}));
@@ -380,12 +391,12 @@ fn actions(vm: &Vm, request: &CaptureRequest) -> Vec<Value> {
 
 async fn export(vm: &Vm, request: &CaptureRequest) -> Result<Vec<CapturedDisk>, Error> {
     let names = vm.names();
-    let bitmap = request.base.map(|base| names.bitmap(base));
     let again = request.again.then(|| names.again());
-    let shown: Vec<&String> = bitmap.iter().chain(&again).collect();
     let mut commands = Vec::new();
     let mut disks = Vec::new();
     for (i, disk) in request.disks.iter().enumerate() {
+        let bitmap = request.base_of(i).map(|base| names.bitmap(base));
+        let shown: Vec<&String> = bitmap.iter().chain(&again).collect();
         let export = names.export(request.next, i);
         let mut options = json!({"type": "nbd", "id": export, "name": export, "node-name": names.overlay(i), "writable": false});
         if !shown.is_empty() {

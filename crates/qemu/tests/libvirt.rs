@@ -57,6 +57,7 @@ impl World {
     fn request(&self, disks: &[Disk], base: Option<u64>, next: u64) -> CaptureRequest {
         CaptureRequest {
             disks: disks.to_vec(),
+            fresh: Vec::new(),
             base: base.map(LogNumber),
             next: LogNumber(next),
             again: false,

@@ -30,6 +30,8 @@ struct Disk {
     again: Option<Bitmap>,
     /// The sizes that it had before, in blocks.
     had: BTreeSet<usize>,
+    /// It has shrunk since it was last read from its start.
+    shrunk: bool,
 }
 
 /// A moment that is fixed.
@@ -77,6 +79,7 @@ impl SimVm {
             bitmaps: BTreeMap::new(),
             again: None,
             had: BTreeSet::new(),
+            shrunk: false,
         };
         Self(Arc::new(Mutex::new(Machine {
             id: None,
@@ -142,14 +145,16 @@ impl Machine {
     }
 
     /// Gives a disk so many blocks. QEMU refuses that while a moment is fixed. No disk comes back to a size that it
-    /// had: of one that does so between two cycles QEMU's bitmaps do not tell.
+    /// had, and none that has shrunk grows before it was read anew: of one that does so between two cycles QEMU's
+    /// bitmaps do not tell.
     pub fn resize(&mut self, disk: usize, blocks: usize) -> bool {
         let now = self.history.now().disks[disk].len() / BLOCK_SECTORS;
-        let Disk { bitmaps, had, again, .. } = &mut self.disks[disk];
-        if self.fixed.is_some() || blocks == now || had.contains(&blocks) {
+        let Disk { bitmaps, had, again, shrunk, .. } = &mut self.disks[disk];
+        if self.fixed.is_some() || blocks == now || had.contains(&blocks) || (*shrunk && blocks > now) {
             return false;
         }
         had.insert(now);
+        *shrunk |= blocks < now;
         bitmaps.values_mut().chain(again).for_each(|bitmap| bitmap.blocks.retain(|block| *block < blocks));
         self.history.resize(disk, blocks * BLOCK_SECTORS);
         true
@@ -207,12 +212,12 @@ impl Machine {
 
     /// Changes the bitmaps of all disks in one transaction; false, and nothing is changed, if QEMU refuses any
     /// of it.
-    pub fn transaction(&mut self, steps: impl Fn(&[Ours]) -> Vec<Step>) -> bool {
+    pub fn transaction(&mut self, steps: impl Fn(usize, &[Ours]) -> Vec<Step>) -> bool {
         let exported = self.fixed.as_ref().and_then(|fixed| fixed.base);
         let mut changed: Vec<BTreeMap<LogNumber, Bitmap>> = Vec::new();
         for place in 0..self.disks.len() {
             let mut bitmaps = self.disks[place].bitmaps.clone();
-            for step in steps(&self.ours(place)) {
+            for step in steps(place, &self.ours(place)) {
                 // A bitmap that is being read is busy.
                 if exported.is_some_and(|exported| touches(step, exported)) || !take(&mut bitmaps, step) {
                     return false;
@@ -226,17 +231,22 @@ impl Machine {
         true
     }
 
-    /// Fixes a moment over all disks. None, and nothing is changed, where QEMU refuses.
+    /// Fixes a moment over all disks, those at the places `fresh` without `base`. None, and nothing is changed, where
+    /// QEMU refuses.
     pub fn fix(
         &mut self,
+        fresh: &[usize],
         base: Option<LogNumber>,
         next: LogNumber,
         at: Timestamp,
         frozen: bool,
         truth: &Truth,
     ) -> Option<u64> {
-        if !self.transaction(|_| bitmaps::at_moment(base, next)) {
+        if !self.transaction(|disk, _| bitmaps::at_moment(base.filter(|_| !fresh.contains(&disk)), next)) {
             return None;
+        }
+        if base.is_none() {
+            self.disks.iter_mut().for_each(|disk| disk.shrunk = false);
         }
         self.moments += 1;
         let state = Arc::new(self.history.now().clone());
@@ -312,17 +322,17 @@ mod tests {
         let (vm, truth) = (SimVm::new(&[8, 8]), Truth::default());
         let mut vm = vm.lock();
         vm.write(0, 0, 8, false);
-        let first = vm.fix(None, LogNumber(1), Timestamp(1), false, &truth).unwrap();
+        let first = vm.fix(&[], None, LogNumber(1), Timestamp(1), false, &truth).unwrap();
         vm.write(1, 9, 1, false);
         assert_eq!(vm.fixed(first).unwrap().disks[1][9], 0);
         assert_eq!(vm.dirty(first, 0), None);
         vm.let_go(Some(first));
-        let second = vm.fix(Some(LogNumber(1)), LogNumber(2), Timestamp(2), false, &truth).unwrap();
-        assert!(!vm.transaction(|_| vec![Step::Remove(LogNumber(1))]), "it is being read");
+        let second = vm.fix(&[], Some(LogNumber(1)), LogNumber(2), Timestamp(2), false, &truth).unwrap();
+        assert!(!vm.transaction(|_, _| vec![Step::Remove(LogNumber(1))]), "it is being read");
         assert_eq!((vm.dirty(second, 0), vm.dirty(second, 1)), (Some(vec![]), Some(vec![1])));
         vm.write(0, 63, 5, false);
         assert_eq!(vm.dirty(second, 0), Some(vec![]));
-        assert!(vm.fix(Some(LogNumber(7)), LogNumber(3), Timestamp(3), false, &truth).is_none());
+        assert!(vm.fix(&[], Some(LogNumber(7)), LogNumber(3), Timestamp(3), false, &truth).is_none());
         assert_eq!(vm.ours(0).len(), 2);
         vm.restart();
         assert!(vm.ours(0).is_empty() && vm.fixed(second) == Err(false));
@@ -333,7 +343,7 @@ mod tests {
         let (vm, truth) = (SimVm::new(&[8]), Truth::default());
         let mut vm = vm.lock();
         vm.scratch_blocks = 2;
-        let moment = vm.fix(None, LogNumber(1), Timestamp(1), false, &truth).unwrap();
+        let moment = vm.fix(&[], None, LogNumber(1), Timestamp(1), false, &truth).unwrap();
         vm.write(0, 0, 16, false);
         vm.write(0, 3, 5, false);
         assert!(vm.fixed(moment).is_ok() && !vm.resize(0, 9));

@@ -70,6 +70,10 @@ impl Commands for Site {
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Extend(extend) => self.extend(extend).await,
             Request::Unextend { vm } => self.unextend(&vm).await,
+            Request::AddDisks { vm, nodes } => self.of_primary(self.primary.add_disks(&vm, nodes).await),
+            Request::RemoveDisks { vm, disks } => {
+                self.of_primary(self.primary.remove_disks(&vm, disks).await)
+            }
             Request::Unprotect { vm } => self.unprotect(&vm).await,
             Request::Backup(request) => self.jobs.run(self.with_point_id(request), reporter.clone()).await,
             Request::Jobs => {
@@ -148,6 +152,7 @@ impl Site {
             guest_agent: protect.guest_agent,
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
             sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
+            excluded: protect.excluded,
         };
         self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
     }

@@ -209,6 +209,7 @@ impl Site {
             guest_agent,
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
+            excluded: Vec::new(),
         };
         let request = ProtectRequest { name: vm.clone(), settings };
         let status = self.primary.take_over(request, fence.vm, fence.generation).await?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use boot::SignOfLife;
 use model::gate::Access;
-use model::{PointName, PointRef, VmName, Wanted};
+use model::{DiskName, PointName, PointRef, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -86,6 +86,20 @@ pub enum Request {
     Sync {
         /// The VM.
         vm: VmName,
+    },
+    /// Begins to replicate more disks of a VM.
+    AddDisks {
+        /// The VM.
+        vm: VmName,
+        /// Their block nodes, or targets of the domain.
+        nodes: Vec<String>,
+    },
+    /// Ends the replication of some disks of a VM.
+    RemoveDisks {
+        /// The VM.
+        vm: VmName,
+        /// Their names.
+        disks: Vec<DiskName>,
     },
     /// Ends a protection; on the replica's site, removes the replica of a VM that is not protected any more.
     Unprotect {
@@ -248,6 +262,9 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<SignOfLife>,
+    /// Where all writable disks are meant: all but these.
+    #[serde(default)]
+    pub excluded: Vec<String>,
 }
 
 /// How a replica is to be passed on to a third site.

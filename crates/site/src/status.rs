@@ -51,6 +51,9 @@ pub struct DiskView {
     pub name: String,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// So much of a disk that has joined is at the replica; it is in no point before all of it is (primary).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copied_bytes: Option<u64>,
 }
 
 /// What only one side knows.
@@ -184,7 +187,11 @@ impl VmView {
             disks: status
                 .disks
                 .iter()
-                .map(|disk| DiskView { name: disk.name.to_string(), size_bytes: disk.size_bytes })
+                .map(|disk| DiskView {
+                    name: disk.name.to_string(),
+                    size_bytes: disk.size_bytes,
+                    copied_bytes: disk.joining,
+                })
                 .collect(),
             side: Side::Primary(PrimarySide {
                 acked: status.acked.0,
@@ -222,7 +229,11 @@ impl VmView {
             disks: status
                 .disks
                 .iter()
-                .map(|disk| DiskView { name: disk.name.to_string(), size_bytes: disk.size_bytes })
+                .map(|disk| DiskView {
+                    name: disk.name.to_string(),
+                    size_bytes: disk.size_bytes,
+                    copied_bytes: None,
+                })
                 .collect(),
             side: Side::Replica(ReplicaSide {
                 received: status.head.number.0,

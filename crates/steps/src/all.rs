@@ -10,6 +10,8 @@ pub const ALL: &[&str] = &[
     "primary::attempt::saving",
     "primary::cycle::settled",
     "primary::cycle::settling",
+    "primary::disks::saved",
+    "primary::disks::saving",
     "primary::forget::removed",
     "primary::forget::removing",
     "primary::handover::saved",

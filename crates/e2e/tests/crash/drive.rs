@@ -6,7 +6,7 @@ use std::time::Duration;
 use rig::{Process, Result, Site, tool, wait_for};
 
 use super::pair::{Pair, order, trouble};
-use crate::common::{LONG, MIB, VM, path};
+use crate::common::{DISKS, LONG, MIB, VM, path};
 
 /// An operation that passes steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +25,8 @@ pub enum Drive {
     Grow,
     /// The primary says that it is paused.
     Report,
+    /// A disk is no longer replicated.
+    Disks,
     /// The primary gives the VM up.
     Withdraw,
     /// The replica is removed.
@@ -107,6 +109,7 @@ impl Drive {
             Resync => "resync",
             Grow => "a disk has grown",
             Report => "pause",
+            Disks => "disk remove",
             Withdraw => "unprotect at the primary",
             Remove => "unprotect at the replica",
             Backup => "a backup",
@@ -239,6 +242,7 @@ impl Drive {
                 order(&pair.branch, &["sync", VM])
             }
             Report => order(branch, &["pause", VM]),
+            Disks => order(branch, &["disk", "remove", VM, DISKS[1].0]),
             Withdraw => order(branch, &["unprotect", VM]),
             Remove => order(head, &["unprotect", VM]),
             Backup | BackupToNewFolders => order(head, &["backup", VM]),
@@ -318,6 +322,15 @@ impl Drive {
                 pair.replicated()
             }
             Report | Resync => pair.branch.ok(&["resume", VM]).map(drop),
+            Disks => {
+                // It is out or not: in the end it is back, and whole.
+                let _ = pair.branch.run(&["disk", "add", VM, DISKS[1].0])?;
+                let whole = |vm: &serde_json::Value| {
+                    let disks = vm["disks"].as_array().map_or(&[][..], Vec::as_slice);
+                    disks.len() == DISKS.len() && disks.iter().all(|disk| disk["copied_bytes"].is_null())
+                };
+                pair.branch.wait_vm(VM, "to have all its disks", LONG, whole).map(drop)
+            }
             ApplyFails => pair.head.ok(&["resume", VM]).map(drop),
             Failover | Cancel => {
                 if pair.head.vm(VM)?["state"] == "failover" {

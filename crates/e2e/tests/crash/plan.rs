@@ -29,6 +29,7 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("primary::acked::", Branch, Sync),
     ("primary::attempt::", Branch, Sync),
     ("primary::cycle::", Branch, Sync),
+    ("primary::disks::", Branch, Disks),
     ("primary::forget::", Branch, Withdraw),
     ("primary::handover::", Branch, Move),
     ("primary::measured::", Branch, MeasuredThere),

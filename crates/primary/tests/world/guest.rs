@@ -49,19 +49,8 @@ pub struct Bitmap {
 
 impl Vm {
     pub fn new(sizes: &[usize]) -> Self {
-        let disk = |(i, &size): (usize, &usize)| SimDisk {
-            known: KnownDisk {
-                node: format!("node{i}"),
-                name: format!("vd{i}").parse().unwrap(),
-                size_bytes: size as u64,
-                image: None,
-            },
-            data: vec![0; size],
-            bitmaps: BTreeMap::new(),
-            again: None,
-        };
         Self {
-            disks: sizes.iter().enumerate().map(disk).collect(),
+            disks: sizes.iter().enumerate().map(|(i, &size)| SimDisk::new(i, size)).collect(),
             boot: 0,
             captures: 0,
             moments: BTreeMap::new(),
@@ -81,6 +70,11 @@ impl Vm {
         });
     }
 
+    /// The disk of a node.
+    pub fn disk(&mut self, node: &str) -> &mut SimDisk {
+        self.disks.iter_mut().find(|disk| disk.known.node == node).expect("the VM has such a disk")
+    }
+
     pub fn data(&self) -> Vec<Vec<u8>> {
         self.disks.iter().map(|disk| disk.data.clone()).collect()
     }
@@ -91,6 +85,28 @@ impl Vm {
 }
 
 impl SimDisk {
+    /// An empty one.
+    pub fn new(i: usize, size: usize) -> Self {
+        Self {
+            known: KnownDisk {
+                node: format!("node{i}"),
+                name: format!("vd{i}").parse().unwrap(),
+                size_bytes: size as u64,
+                image: None,
+                joining: None,
+            },
+            data: vec![0; size],
+            bitmaps: BTreeMap::new(),
+            again: None,
+        }
+    }
+
+    /// Grows it. Of what comes new no bitmap tells that it does.
+    pub fn grow(&mut self, size: usize) {
+        self.data.resize(size, 0);
+        self.known.size_bytes = size as u64;
+    }
+
     pub fn write(&mut self, at: u64, blocks: u64, byte: u8) {
         let range = at as usize * BLOCK..(at + blocks) as usize * BLOCK;
         self.data[range].fill(byte);
@@ -136,9 +152,12 @@ impl Guest {
         let moment = self.world.now();
         let mut state = self.world.lock();
         let mut readers = Vec::new();
-        for disk in &mut state.vm.disks {
+        for (place, wanted) in request.disks.iter().enumerate() {
+            let disk = state.vm.disk(&wanted.node);
             let mut changed = None;
-            if let Some(base) = request.base {
+            if request.fresh.contains(&place) {
+                disk.bitmaps.clear();
+            } else if let Some(base) = request.base {
                 let bitmap = disk.bitmaps.get_mut(&base).expect("a bitmap that was inspected");
                 bitmap.recording = false;
                 changed = Some(bitmap.blocks.clone());
@@ -176,9 +195,9 @@ impl ports::Guest for Guest {
     }
 
     async fn resolve(&self, nodes: &[String]) -> Result<Vec<KnownDisk>, Failure> {
-        let disks = self.disks().await?;
-        assert!(disks.iter().map(|disk| &disk.node).eq(nodes));
-        Ok(disks)
+        self.alive()?;
+        let vm = &mut self.world.lock().vm;
+        Ok(nodes.iter().map(|node| vm.disk(node).known.clone()).collect())
     }
 
     async fn is_quiet(&self) -> Result<bool, Failure> {
@@ -202,11 +221,12 @@ impl ports::Guest for Guest {
         Ok(json!({"source": "simulation"}))
     }
 
-    async fn inspect(&self, _disks: &[KnownDisk], since: LogNumber) -> Result<Tracking, Failure> {
+    async fn inspect(&self, disks: &[KnownDisk], since: LogNumber) -> Result<Tracking, Failure> {
         self.alive()?;
         let state = self.world.lock();
         let records = |bitmaps: &BTreeMap<_, Bitmap>| bitmaps.get(&since).is_some_and(|b| b.recording);
-        let lost = state.vm.disks.iter().find(|disk| !records(&disk.bitmaps));
+        let asked = |disk: &&SimDisk| disks.iter().any(|asked| asked.node == disk.known.node);
+        let lost = state.vm.disks.iter().filter(asked).find(|disk| !records(&disk.bitmaps));
         Ok(lost.map_or(Tracking::Intact, |disk| {
             Tracking::Broken(ResyncReason::BitmapLost(disk.known.name.to_string()))
         }))
@@ -223,7 +243,10 @@ impl ports::Guest for Guest {
         self.alive()?;
         let mut state = self.world.lock();
         let mut readers = Vec::new();
-        for (place, disk) in state.vm.disks.iter_mut().enumerate().take(disks.len()) {
+        for asked in disks {
+            let is_asked = |disk: &SimDisk| disk.known.node == asked.node;
+            let place = state.vm.disks.iter().position(is_asked).expect("the VM has such a disk");
+            let disk = &mut state.vm.disks[place];
             disk.again = Some(Bitmap { recording: true, ..Bitmap::default() });
             let seen = disk.bitmaps.get(&base).expect("a bitmap that was inspected").blocks.clone();
             readers.push(LiveReader {
@@ -276,6 +299,7 @@ impl ports::Guest for Guest {
     async fn give_back(&self, _disks: &[KnownDisk], base: Option<LogNumber>) -> Result<(), Failure> {
         self.alive()?;
         for disk in &mut self.world.lock().vm.disks {
+            let base = base.filter(|base| disk.bitmaps.contains_key(base));
             base.into_iter().for_each(|base| disk.repair(base));
         }
         Ok(())
@@ -291,9 +315,10 @@ impl ports::Guest for Guest {
         Ok(())
     }
 
-    async fn stop_tracking(&self, _disks: &[KnownDisk]) -> Result<(), Failure> {
+    async fn stop_tracking(&self, disks: &[KnownDisk]) -> Result<(), Failure> {
         self.alive()?;
-        self.world.lock().vm.disks.iter_mut().for_each(|disk| disk.bitmaps.clear());
+        let vm = &mut self.world.lock().vm;
+        disks.iter().for_each(|disk| vm.disk(&disk.node).bitmaps.clear());
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use primary::{
 };
 use tokio::time::Instant;
 
-pub use guest::{BLOCK, Guest, Vm};
+pub use guest::{BLOCK, Guest, SimDisk, Vm};
 pub use replica::{Fault, Link, Replica};
 
 /// Everything that there is. Clones are the same world.
@@ -139,6 +139,7 @@ pub fn request() -> ProtectRequest {
             guest_agent: Some("/nowhere/agent".into()),
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
+            excluded: Vec::new(),
         },
     }
 }

@@ -30,6 +30,8 @@ pub enum Fault {
 /// What the replica's site has.
 pub struct Replica {
     pub disks: Vec<(model::DiskName, Vec<u8>)>,
+    /// The disks that the newest point has.
+    pub of_point: Vec<model::DiskName>,
     pub durable: Head,
     pub phase: Phase,
     /// Every log, in order.
@@ -47,6 +49,7 @@ impl Default for Replica {
     fn default() -> Self {
         Self {
             disks: Vec::new(),
+            of_point: Vec::new(),
             durable: Head::EMPTY,
             phase: Phase::InitialReplication { progress: Progress::default() },
             logs: Vec::new(),
@@ -71,10 +74,11 @@ impl Replica {
         let header = &verified.header;
         assert_eq!(header.number, self.durable.number.next(), "the log continues the chain");
         assert_eq!(header.predecessor, self.durable.id, "the log continues the chain");
+        let places: Vec<usize> = header.disks.iter().map(|disk| self.place(disk)).collect();
         let mut reader = RecordReader::open(Cursor::new(&bytes)).unwrap();
         let mut place = 0;
         while let Some(record) = reader.record(place).unwrap() {
-            let disk = &mut self.disks[usize::from(record.entry.disk)].1;
+            let disk = &mut self.disks[places[usize::from(record.entry.disk)]].1;
             for (extent, data) in record.pieces() {
                 let there = &mut disk[extent.offset as usize..extent.end() as usize];
                 match data {
@@ -86,9 +90,25 @@ impl Replica {
         }
         let footer = &verified.footer;
         let makes_point = footer.class.point().is_some();
+        if makes_point {
+            self.of_point = header.disks.iter().map(|disk| disk.name.clone()).collect();
+        }
         self.phase = model::phase_after(header.purpose, makes_point, footer.progress, &self.phase);
         self.durable = Head { number: header.number, id: header.id };
         self.logs.push(bytes);
+    }
+}
+
+impl Replica {
+    /// Where a log's disk is; a new one, or the new end of one that has grown, is zeros.
+    fn place(&mut self, disk: &log::DiskInfo) -> usize {
+        let found = self.disks.iter().position(|(name, _)| *name == disk.name);
+        let place = found.unwrap_or_else(|| {
+            self.disks.push((disk.name.clone(), Vec::new()));
+            self.disks.len() - 1
+        });
+        self.disks[place].1.resize(disk.size_bytes as usize, 0);
+        place
     }
 }
 

@@ -76,6 +76,7 @@ impl Process {
         std::fs::create_dir_all(self.path("scratch")).unwrap();
         CaptureRequest {
             disks: disks.to_vec(),
+            fresh: Vec::new(),
             base: base.map(LogNumber),
             next: LogNumber(next),
             again: false,

@@ -46,27 +46,29 @@ impl SimGuest {
         freeze: bool,
     ) -> Result<(SimCapture, bool), Failure> {
         let (base, next, again) = (request.base, request.next, request.again);
+        let places: Vec<Option<usize>> = {
+            let machine = self.vm.lock();
+            request.disks.iter().map(|disk| machine.place(&disk.node)).collect()
+        };
+        let fresh: Vec<usize> = request.fresh.iter().filter_map(|&place| places[place]).collect();
         let now = self.ports.clock.clone();
         let truth = self.ports.truth.clone();
         let fixed = self.run(move |machine| {
             if !again {
                 machine.forget_ahead();
             }
-            prepare(machine, base)?;
+            prepare(machine, &fresh, base)?;
             let frozen = freeze && machine.freezes;
             let refused = || failure(FailureCode::Qemu, "QEMU refused the transaction");
             let at = now.now();
             if again && !machine.end_again() {
                 return Err(refused());
             }
-            let id = machine.fix(base, next, at, frozen, &truth).ok_or_else(refused)?;
+            let id = machine.fix(&fresh, base, next, at, frozen, &truth).ok_or_else(refused)?;
             Ok((id, at, frozen))
         });
         let (id, moment, frozen) = fixed.await?;
-        let places = {
-            let machine = self.vm.lock();
-            request.disks.iter().filter_map(|disk| machine.place(&disk.node)).collect()
-        };
+        let places = places.into_iter().flatten().collect();
         let life = self.ports.power.boots();
         let ports = self.ports.clone();
         Ok((SimCapture { vm: self.vm.clone(), id, moment, places, life, ports }, frozen))
@@ -74,20 +76,20 @@ impl SimGuest {
 }
 
 /// Makes sure of the bitmaps, as the product's own preparation does: a run before this one may have been killed.
-fn prepare(machine: &mut Machine, base: Option<LogNumber>) -> Result<(), Failure> {
+fn prepare(machine: &mut Machine, fresh: &[usize], base: Option<LogNumber>) -> Result<(), Failure> {
     machine.let_go(None);
     if let Some(base) = base {
-        for disk in 0..machine.disk_count() {
+        for disk in (0..machine.disk_count()).filter(|disk| !fresh.contains(disk)) {
             bitmaps::judge_repairable(machine.name(disk), &machine.ours(disk), base)
                 .map_err(|why| failure(FailureCode::Qemu, why.to_string()))?;
         }
     }
-    change(machine, |found| bitmaps::repair(found, base))
+    change(machine, |disk, found| bitmaps::repair(found, base.filter(|_| !fresh.contains(&disk))))
 }
 
 fn change(
     machine: &mut Machine,
-    steps: impl Fn(&[bitmaps::Ours]) -> Vec<bitmaps::Step>,
+    steps: impl Fn(usize, &[bitmaps::Ours]) -> Vec<bitmaps::Step>,
 ) -> Result<(), Failure> {
     if machine.transaction(steps) {
         return Ok(());
@@ -97,7 +99,7 @@ fn change(
 
 fn known(machine: &Machine, disk: usize) -> KnownDisk {
     let name = machine.name(disk).clone();
-    KnownDisk { node: name.to_string(), name, size_bytes: machine.bytes(disk), image: None }
+    KnownDisk { node: name.to_string(), name, size_bytes: machine.bytes(disk), image: None, joining: None }
 }
 
 impl Guest for SimGuest {
@@ -139,10 +141,12 @@ impl Guest for SimGuest {
         self.run(|machine| Ok(serde_json::json!({ "disks": machine.disk_count() }))).await
     }
 
-    async fn inspect(&self, _disks: &[KnownDisk], since: LogNumber) -> Result<Tracking, Failure> {
+    async fn inspect(&self, disks: &[KnownDisk], since: LogNumber) -> Result<Tracking, Failure> {
         self.run(|machine| {
             let judge = |disk| bitmaps::judge(machine.name(disk), &machine.ours(disk), since);
-            Ok((0..machine.disk_count())
+            Ok(disks
+                .iter()
+                .filter_map(|disk| machine.place(&disk.node))
                 .try_for_each(judge)
                 .map_or_else(Tracking::Broken, |()| Tracking::Intact))
         })
@@ -216,7 +220,7 @@ impl Guest for SimGuest {
     ) -> Result<(), Failure> {
         self.run(|machine| {
             machine.forget_ahead();
-            change(machine, |found| bitmaps::after_durable(found, base, next))
+            change(machine, |_, found| bitmaps::after_durable(found, base, next))
         })
         .await
     }
@@ -224,7 +228,7 @@ impl Guest for SimGuest {
     async fn give_back(&self, _disks: &[KnownDisk], base: Option<LogNumber>) -> Result<(), Failure> {
         self.run(|machine| {
             machine.forget_ahead();
-            change(machine, |found| bitmaps::after_failure(found, base))
+            change(machine, |_, found| bitmaps::after_failure(found, base))
         })
         .await
     }
@@ -234,7 +238,7 @@ impl Guest for SimGuest {
             machine.let_go(None);
             machine.forget_ahead();
             match since {
-                Some(_) => change(machine, |found| bitmaps::repair(found, since)),
+                Some(_) => change(machine, |_, found| bitmaps::repair(found, since)),
                 None => Ok(()),
             }
         })
@@ -242,7 +246,7 @@ impl Guest for SimGuest {
     }
 
     async fn stop_tracking(&self, _disks: &[KnownDisk]) -> Result<(), Failure> {
-        self.run(|machine| change(machine, |found| bitmaps::repair(found, None))).await
+        self.run(|machine| change(machine, |_, found| bitmaps::repair(found, None))).await
     }
 }
 

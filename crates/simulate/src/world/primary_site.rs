@@ -135,6 +135,7 @@ impl World {
                 guest_agent: vm.app_every_s.map(|_| PathBuf::from("/run/agent")),
                 bandwidth_bytes_per_s: None,
                 sign_of_life: None,
+                excluded: Vec::new(),
             };
             let mut protecting = Box::pin(Relationship::protect(&shared, ProtectRequest { name, settings }));
             let protected = (0..TURNS_MAX).find_map(|_| match turn(protecting.as_mut()) {

@@ -64,7 +64,13 @@ impl ReplicaGuest {
 }
 
 fn known(disk: DiskSize) -> KnownDisk {
-    KnownDisk { node: disk.name.to_string(), name: disk.name, size_bytes: disk.size_bytes, image: None }
+    KnownDisk {
+        node: disk.name.to_string(),
+        name: disk.name,
+        size_bytes: disk.size_bytes,
+        image: None,
+        joining: None,
+    }
 }
 
 /// What the store refuses is tried again: moves end, failovers are cancelled, damage is made good.

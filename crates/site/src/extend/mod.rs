@@ -55,6 +55,7 @@ impl Site {
             guest_agent: None,
             bandwidth_bytes_per_s,
             sign_of_life: None,
+            excluded: Vec::new(),
         };
         let request = ProtectRequest { name: name.clone(), settings };
         let status = self.extensions.begin(request, vm, there.generation).await?;
