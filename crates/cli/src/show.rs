@@ -60,9 +60,13 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             }
             shown
         }
-        Request::Pause { .. } | Request::Resume { .. } | Request::Resync { .. } | Request::Sync { .. } => {
+        Request::Pause { .. } | Request::Resume { .. } | Request::Sync { .. } => {
             relationships(std::slice::from_ref(answer))
         }
+        Request::Resync { .. } | Request::Configure { .. } => {
+            format!("{}\n{}", relationships(std::slice::from_ref(answer)), details(answer))
+        }
+        Request::Seed(request) => seeded(request.vm.as_str(), answer),
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),
@@ -199,6 +203,14 @@ fn details(vm: &Value) -> String {
     };
     if let Some(reason) = vm["health_reason"].as_str().filter(|reason| !reason.is_empty()) {
         line("health", reason.to_owned());
+    } else if let Some(message) = vm["rests"]["message"].as_str() {
+        line("waits", message.to_owned());
+    }
+    if vm["progress"].is_object() && vm["resync_reason"].is_string() {
+        line("because", text(&vm["resync_reason"]).to_owned());
+    }
+    if vm["resync"].as_str().is_some_and(|policy| policy != "auto") {
+        line("resync", text(&vm["resync"]).to_owned());
     }
     if let Some(message) = vm["error"]["message"].as_str().filter(|&m| vm["health_reason"] != m) {
         line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"])));
@@ -225,6 +237,17 @@ fn details(vm: &Value) -> String {
             line("pinned", format!("{pinned} points by hand; {cost} of logs are there only for them"));
         }
     }
+    shown
+}
+
+fn seeded(vm: &str, answer: &Value) -> String {
+    let mut shown = format!("The replica of {vm} will begin with these images, which can be removed now:\n");
+    for disk in list(&answer["disks"]) {
+        let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), bytes(&disk["size_bytes"]));
+    }
+    shown.push_str(
+        "Both sides are compared as soon as the site that protects it asks; only what differs travels.",
+    );
     shown
 }
 

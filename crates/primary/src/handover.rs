@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{Head, Phase, Progress, ResyncReason, Shipped, VmId};
+use model::{Head, Phase, Progress, ResyncReason, ResyncWord, Shipped, VmId};
 use steps::durable_step;
 use tokio::time::Instant;
 use wire::{HandOver, HandedOver};
@@ -107,7 +107,7 @@ impl<P: Ports> Relationship<P> {
         vm: VmId,
         generation: u64,
     ) -> Result<Self, Error> {
-        let ProtectRequest { name, settings } = request;
+        let ProtectRequest { name, settings, .. } = request;
         check_settings(&settings, shared.config.interval_min_s)?;
         if rows::is_known(&shared.catalog, &name)? {
             return Err(Error::Exists(name));
@@ -115,6 +115,7 @@ impl<P: Ports> Relationship<P> {
         let mut row = Protected::first(vm, name, settings, shared.now());
         row.generation = generation;
         row.phase = Phase::ResyncRequired { why: ResyncReason::Reversed };
+        row.passes.word = ResyncWord::Asked;
         row.disks = find_disks(&row, &shared.ports).await?;
         durable_step("primary::takeover::saving");
         row.save(&shared.catalog).await?;
@@ -146,6 +147,7 @@ impl Protected {
             failures: 0,
             error: None,
             generation: 1,
+            passes: rows::Passes::default(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{INTERVAL_SECONDS, POINTS_MAX, VmId};
+use model::{INTERVAL_SECONDS, InitialStart, POINTS_MAX, VmId, check_initial_start};
 use qemu::{DomainAddress, libvirt};
 use steps::durable_step;
 
@@ -15,10 +15,13 @@ use crate::rows::{self, KnownDisk, Measured, Protected, Settings};
 impl<P: Ports> Relationship<P> {
     /// Finds the VM's disks and writes the relationship down. Nothing is replicated before its first cycle.
     pub async fn protect(shared: &Arc<Shared<P>>, request: ProtectRequest) -> Result<Self, Error> {
-        let ProtectRequest { name, settings } = request;
+        let ProtectRequest { name, settings, initial } = request;
         check_settings(&settings, shared.config.interval_min_s)?;
         if rows::is_known(&shared.catalog, &name)? {
             return Err(Error::Exists(name));
+        }
+        if let InitialStart::At { at } = initial {
+            check_initial_start(at, shared.now()).map_err(Error::Setting)?;
         }
         let vm = VmId::from_bytes(shared.ports.random_id()?);
         let mut row = Protected::first(vm, name, settings, shared.now());
@@ -30,10 +33,15 @@ impl<P: Ports> Relationship<P> {
         }
         row.disks = find_disks(&row, &shared.ports).await?;
         row.phase = first_phase(row.total_bytes());
+        row.passes.initial = initial;
         durable_step("primary::protect::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::protect::saved");
-        Ok(Self::new(row, Measured::beginning(shared.now()), shared.clone()))
+        let mut relationship = Self::new(row, Measured::beginning(shared.now()), shared.clone());
+        if let InitialStart::At { .. } = initial {
+            relationship.announce().await;
+        }
+        Ok(relationship)
     }
 }
 

@@ -6,7 +6,10 @@ use std::time::Duration;
 use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
-use model::{CycleTally, DiskName, LastError, Phase, Shipped, Timestamp, VmId, VmName, Window};
+use model::{
+    CycleTally, DiskName, InitialStart, LastError, MayRun, Phase, ResyncPolicy, ResyncReason, ResyncWord,
+    Shipped, Timestamp, VmId, VmName, Window, may_run,
+};
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -37,6 +40,8 @@ const TABLES: &[&str] = &["
         vm     TEXT PRIMARY KEY,
         window TEXT NOT NULL            -- json: Measured
     ) STRICT;
+", "
+    ALTER TABLE protected ADD COLUMN passes TEXT NOT NULL DEFAULT '{}';      -- json: Passes
 "];
 
 /// What a person has set for one protected VM.
@@ -64,6 +69,21 @@ pub struct Settings {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<String>,
+    /// When both sides are compared without being asked.
+    #[serde(default)]
+    pub resync: ResyncPolicy,
+}
+
+/// What a person has said of the pass that is under way or to come, and why it is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Passes {
+    /// How the initial replication is to begin.
+    pub initial: InitialStart,
+    /// What was said of the resynchronization.
+    pub word: ResyncWord,
+    /// Why it is required; kept while it is under way.
+    pub why: Option<ResyncReason>,
 }
 
 impl Settings {
@@ -122,6 +142,8 @@ pub struct Protected {
     pub error: Option<Failure>,
     /// How often the VM has changed its site for good, and one more.
     pub generation: u64,
+    /// What steers its passes.
+    pub passes: Passes,
 }
 
 /// The monitoring window of one protected VM.
@@ -159,6 +181,19 @@ impl Protected {
         self.disks.iter().map(|disk| disk.node.clone()).collect()
     }
 
+    /// Whether its next cycle may run now, as far as passes are concerned.
+    pub fn may_run(&self, now: Timestamp) -> MayRun {
+        may_run(&self.phase, self.settings.resync, self.passes.word, self.passes.initial, now)
+    }
+
+    /// A pass that is complete has nothing to be steered by any more.
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        if phase == Phase::Replicating {
+            self.passes = Passes::default();
+        }
+        self.phase = phase;
+    }
+
     /// Writes the row; durable when this returns.
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
@@ -181,7 +216,7 @@ impl Protected {
 
     fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
         tx.execute(
-            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
             params![
                 self.vm.to_string(),
                 self.name.as_str(),
@@ -196,6 +231,7 @@ impl Protected {
                 self.failures,
                 self.error.as_ref().map(to_json),
                 self.generation,
+                to_json(&self.passes),
             ],
         )?;
         Ok(())
@@ -219,6 +255,7 @@ impl Protected {
                 _ => Some(json(row, 11)?),
             },
             generation: row.get(12)?,
+            passes: json(row, 13)?,
         })
     }
 }
@@ -256,7 +293,7 @@ pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
 
 #[cfg(test)]
 mod tests {
-    use model::{Progress, ResyncReason};
+    use model::Progress;
 
     use super::*;
 
@@ -280,6 +317,7 @@ mod tests {
                 guest_agent: None,
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
+                resync: "22:00-06:00".parse().unwrap(),
             },
             disks: vec![KnownDisk {
                 node: "vda".into(),
@@ -296,6 +334,11 @@ mod tests {
             failures: 3,
             error: Some(Failure::transient(crate::error::FailureCode::Link, "cut")),
             generation: 2,
+            passes: Passes {
+                initial: InitialStart::At { at: Timestamp(11) },
+                word: ResyncWord::Cancelled { at: Timestamp(12) },
+                why: Some(ResyncReason::Requested),
+            },
         };
         row.save(&catalog).await.unwrap();
         row.phase = Phase::ResyncRequired { why: ResyncReason::BitmapLost("vda".into()) };
@@ -325,6 +368,7 @@ mod tests {
         let read = |monitor: &str| serde_json::from_str::<Settings>(&format!("{{{monitor}, {common}}}"));
         let plain = read(r#""qmp": "/run/qmp""#).unwrap();
         assert_eq!((&plain.monitor, plain.agent()), (&Monitor::Socket("/run/qmp".into()), None));
+        assert_eq!(plain.resync, ResyncPolicy::Automatic);
         let domain = read(r#""libvirt": {"uri": "qemu:///system", "name": "web", "uuid": "c7"}"#).unwrap();
         let Monitor::Libvirt(address) = &domain.monitor else { panic!("{:?}", domain.monitor) };
         assert_eq!(address.name, "web");

@@ -8,10 +8,10 @@ use tokio::time::MissedTickBehavior;
 
 use wire::HandedOver;
 
-use crate::VmStatus;
 use crate::error::Failure;
 use crate::ports::Ports;
 use crate::relationship::{Relationship, Stopper};
+use crate::{Changes, VmStatus};
 
 /// Between two cycles QEMU is asked this often how much has changed, at the most and at the least: each time it
 /// describes all its disks, and a site may have a thousand VMs.
@@ -23,6 +23,8 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    CancelResync(oneshot::Sender<Result<(), Failure>>),
+    Configure(Changes, oneshot::Sender<Result<(), Failure>>),
     /// Give the VM to the replica's site.
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
@@ -103,6 +105,8 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::CancelResync(done) => (done, relationship.cancel_resync().await),
+        Order::Configure(changes, done) => (done, relationship.configure(changes).await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
     };

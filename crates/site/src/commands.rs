@@ -57,7 +57,10 @@ impl Commands for Site {
             Request::Unpin { vm, point } => self.unpin(&vm, point).await,
             Request::Pause { vm } => self.of_primary(self.primary.pause(&vm).await),
             Request::Resume { vm } => self.resume(&vm).await,
-            Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Resync { vm, cancel: false } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Resync { vm, cancel: true } => self.of_primary(self.primary.cancel_resync(&vm).await),
+            Request::Configure { vm, changes } => self.of_primary(self.primary.configure(&vm, changes).await),
+            Request::Seed(request) => self.seed_replica(request).await,
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Unprotect { vm } => self.unprotect(&vm).await,
             Request::Backup(request) => self.jobs.run(self.with_point_id(request), reporter.clone()).await,
@@ -136,8 +139,10 @@ impl Site {
             guest_agent: protect.guest_agent,
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
             sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
+            resync: protect.resync,
         };
-        self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
+        let request = ProtectRequest { name, settings, initial: protect.initial };
+        self.of_primary(self.primary.protect(request).await)
     }
 
     /// The relationship after a command of the primary's side.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use boot::SignOfLife;
 use model::gate::Access;
-use model::{PointName, PointRef, VmName, Wanted};
+use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -77,11 +77,23 @@ pub enum Request {
         /// The VM.
         vm: VmName,
     },
-    /// Compares both sides.
+    /// Compares both sides, now.
     Resync {
         /// The VM.
         vm: VmName,
+        /// End it instead.
+        #[serde(default)]
+        cancel: bool,
     },
+    /// Changes how a VM is protected.
+    Configure {
+        /// The VM.
+        vm: VmName,
+        /// What is to be otherwise.
+        changes: primary::Changes,
+    },
+    /// At the replica's site: images that the replica of a VM is to begin with.
+    Seed(SeedRequest),
     /// Runs a cycle now and waits for it.
     Sync {
         /// The VM.
@@ -241,6 +253,23 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<SignOfLife>,
+    /// When both sides are compared without being asked.
+    #[serde(default)]
+    pub resync: ResyncPolicy,
+    /// How the initial replication is to begin.
+    #[serde(default)]
+    pub initial: InitialStart,
+}
+
+/// Images that a replica is to begin with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedRequest {
+    /// The VM.
+    pub vm: VmName,
+    /// The disks and their images.
+    pub disks: Vec<(DiskName, PathBuf)>,
+    /// The images' format, in QEMU's words.
+    pub format: String,
 }
 
 /// How a VM's QEMU is reached.

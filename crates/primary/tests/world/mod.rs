@@ -139,7 +139,9 @@ pub fn request() -> ProtectRequest {
             guest_agent: Some("/nowhere/agent".into()),
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
+            resync: model::ResyncPolicy::Automatic,
         },
+        initial: model::InitialStart::Now,
     }
 }
 
