@@ -219,7 +219,7 @@ fn an_initial_replication_waits_for_the_images_that_it_is_to_begin_with() {
         world.branch.wait_vm(VM, "to wait", LONG, |vm| vm["error"]["code"] == "seed-awaited").unwrap();
     let message = text(&waits["error"], "message");
     assert!(
-        message.contains("'afterimage replica seed web --disk system=FILE --disk data=FILE'"),
+        message.contains("'afterimage replica seed web --disk data=FILE --disk system=FILE'"),
         "{message}"
     );
     let here = seed(&world.branch, &images, &["--format", "qcow2"]);
@@ -298,7 +298,10 @@ fn a_site_that_was_restored_from_an_older_copy_is_compared() {
         copy.put_back(if of_replica { &mut world.head } else { &mut world.branch });
         let broken = "does not continue ours";
         let log = |world: &World| world.branch.log().matches(broken).count();
-        rig::wait_for("the chain to be found broken", LONG, || Ok((log(&world) > 0).then_some(()))).unwrap();
+        rig::wait_for("the chain to be found broken", LONG, || Ok((log(&world) > 0).then_some(())))
+            .unwrap_or_else(|trouble| {
+                panic!("{of_replica}: {trouble}: {}\n{}", world.branch.vm(VM).unwrap(), world.branch.log())
+            });
         world.replicating();
         check(&world);
         // The log of the branch goes with its folder; that of the first time must not stand for the second.

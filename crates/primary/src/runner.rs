@@ -49,6 +49,7 @@ impl Handle {
     /// Starts the task of a VM.
     pub fn spawn<P: Ports>(relationship: Relationship<P>) -> Self {
         let (orders, received) = mpsc::channel(16);
+        relationship.publish();
         let (stopper, status) = (relationship.stopper(), relationship.published());
         let task = tokio::spawn(run(relationship, received));
         Self { orders, stopper, status, task }
@@ -60,7 +61,6 @@ impl Handle {
 }
 
 async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Receiver<Order>) {
-    relationship.publish();
     let [shortest, longest] = LOOK_INTERVALS;
     let mut looks =
         tokio::time::interval((relationship.row().settings.interval / 3).clamp(shortest, longest));
