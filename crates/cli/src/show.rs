@@ -212,10 +212,15 @@ fn details(vm: &Value) -> String {
     if vm["resync"].as_str().is_some_and(|policy| policy != "auto") {
         line("resync", text(&vm["resync"]).to_owned());
     }
-    if let Some(message) = vm["error"]["message"].as_str().filter(|&m| vm["health_reason"] != m) {
-        line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"])));
+    let told = text(&vm["health_reason"]);
+    if let Some(message) = vm["error"]["message"].as_str().filter(|&message| !told.starts_with(message)) {
+        match vm["failures"].as_u64() {
+            Some(0) => line("waits", message.to_owned()),
+            _ => line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"]))),
+        }
     }
-    if let Some(at) = vm["next_cycle_at"].as_str().filter(|_| !vm["error"].is_null()) {
+    let goes_on = !vm["error"].is_null() && vm["rests"].is_null();
+    if let Some(at) = vm["next_cycle_at"].as_str().filter(|_| goes_on) {
         line("next try", moment(&at.into()));
     }
     for disk in list(&vm["disks"]) {
