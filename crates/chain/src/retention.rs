@@ -22,6 +22,8 @@ pub struct RetentionInput<'a> {
     /// The logs that are not folded into the base, ascending. One newer than every point means that a pass
     /// (initial replication, resynchronization, a very large cycle) is under way.
     pub logs: &'a [LogNumber],
+    /// The two sides must be compared: there is no newer point before that is done, however long it waits.
+    pub resync: bool,
     /// The newest log that is folded into the base.
     pub applied: LogNumber,
     /// The points that views, exports and backups read.
@@ -59,7 +61,7 @@ pub enum KeptFor {
     Held,
     /// What changed since it is to be passed on to a third site.
     Forwarded,
-    /// A pass is under way: nothing goes before its end.
+    /// A pass is under way or has to be: nothing goes before its end.
     PassUnderWay,
 }
 
@@ -181,7 +183,7 @@ fn forwarded<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = &'a LogNumb
 }
 
 fn pass_under_way(input: &RetentionInput<'_>, latest_point: LogNumber) -> bool {
-    input.logs.last().is_some_and(|newest| *newest > latest_point)
+    input.resync || input.logs.last().is_some_and(|newest| *newest > latest_point)
 }
 
 /// All points of the current hour, and the newest one of each of the `extra_hourly` hours before it that

@@ -36,6 +36,7 @@ fn input<'a>(points: &'a [PointInfo], logs: &'a [LogNumber]) -> RetentionInput<'
     RetentionInput {
         points,
         logs,
+        resync: false,
         applied: LogNumber(1),
         pins: &[],
         pinned: &[],
@@ -121,6 +122,18 @@ fn while_a_pass_is_under_way_every_point_before_it_stays() {
     assert_eq!(kept(&plan), logs(1..=30));
     assert!(plan.is_idle(), "{plan}");
     assert!(plan.to_string().ends_with("nothing else to do\n"));
+}
+
+#[test]
+fn while_a_resynchronization_has_to_be_no_point_goes_however_long_it_waits() {
+    let (points, numbers) = five_hours();
+    let waits = RetentionInput { resync: true, now: at(30 * 1440), ..input(&points, &numbers) };
+    let plan = plan_retention(&waits);
+    assert_eq!(kept(&plan), logs(1..=30));
+    assert!(plan.keep.iter().all(|kept| kept.why.contains(&KeptFor::PassUnderWay)));
+    assert!(plan.is_idle(), "{plan}");
+    let done = plan_retention(&RetentionInput { resync: false, ..waits });
+    assert_eq!(kept(&done), logs([30]));
 }
 
 #[test]

@@ -126,6 +126,7 @@ impl Replica {
         let plan = plan_retention(&RetentionInput {
             points: &self.points,
             logs: &numbers,
+            resync: false,
             applied: self.applied,
             pins: &self.pins,
             pinned: &self.pinned,

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::{DiskName, PointName, PointRef, VmName};
+use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
+
+use crate::when;
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
@@ -83,8 +85,22 @@ pub enum Command {
     Pause { vm: VmName },
     /// Replicate again, at once; on the replica's site: apply again after a failure was mended.
     Resume { vm: VmName },
-    /// Compare both sides and send what differs.
-    Resync { vm: VmName },
+    /// Compare both sides and send what differs, now, whatever --resync says; a pass that rests goes on.
+    Resync {
+        vm: VmName,
+        /// End the pass instead: nothing is replicated until the next one, which a person or the next window starts.
+        #[arg(long)]
+        cancel: bool,
+    },
+    /// Change how a VM is protected.
+    Configure {
+        vm: VmName,
+        #[command(flatten)]
+        passes: PassArguments,
+    },
+    /// At the replica's site: what its replicas are made of.
+    #[command(subcommand)]
+    Replica(Replica),
     /// Run a cycle now and wait until its point is at the replica.
     Sync { vm: VmName },
     /// Disks of a VM that come and go while it is protected.
@@ -257,6 +273,43 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica: agent, console:TEXT, tcp:PORT or runs:30s.
     #[arg(long, value_name = "SIGN")]
     pub sign_of_life: Option<SignOfLife>,
+    #[command(flatten)]
+    pub passes: PassArguments,
+}
+
+#[derive(Debug, Args)]
+#[group(id = "passes", multiple = true)]
+pub struct PassArguments {
+    /// When both sides are compared once that is required: auto, manual, or a daily window in UTC such as 22:00-06:00.
+    #[arg(long, value_name = "WHEN")]
+    pub resync: Option<ResyncPolicy>,
+    /// How the initial replication begins: now, at:TIME (RFC 3339 or +3h, at most 7 days ahead), or seed (with images
+    /// that the replica's site is given by 'replica seed').
+    #[arg(long, value_parser = when::initial, value_name = "HOW")]
+    pub initial: Option<InitialStart>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Replica {
+    /// Have the replica of a VM begin with images that are here: only what differs from them travels.
+    Seed {
+        vm: VmName,
+        /// A disk and its image (an older replica, a restored backup); repeat it for more. The image is copied.
+        #[arg(long = "disk", value_name = "NAME=FILE", value_parser = when::seed_disk, required = true)]
+        disks: Vec<(DiskName, PathBuf)>,
+        /// The images' format.
+        #[arg(long, value_enum, default_value_t = SeedFormat::Raw)]
+        format: SeedFormat,
+    },
+}
+
+/// Never guessed: a guest can write to a raw disk what makes it look like another format.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum SeedFormat {
+    Raw,
+    Qcow2,
+    Vhdx,
+    Vmdk,
 }
 
 #[derive(Debug, Subcommand)]

@@ -12,6 +12,7 @@ mod points;
 mod progress;
 mod repositories;
 mod show;
+mod when;
 
 use std::process::ExitCode;
 
@@ -165,7 +166,9 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Unpin { vm, point } => Request::Unpin { vm: vm.clone(), point: point.clone() },
         Command::Pause { vm } => Request::Pause { vm: vm.clone() },
         Command::Resume { vm } => Request::Resume { vm: vm.clone() },
-        Command::Resync { vm } => Request::Resync { vm: vm.clone() },
+        Command::Resync { vm, cancel } => Request::Resync { vm: vm.clone(), cancel: *cancel },
+        Command::Configure { vm, passes } => when::configure(vm, passes)?,
+        Command::Replica(replica) => when::replica(replica)?,
         Command::Sync { vm } => Request::Sync { vm: vm.clone() },
         Command::Disk(Disk::Add { vm, nodes }) => Request::AddDisks { vm: vm.clone(), nodes: nodes.clone() },
         Command::Disk(Disk::Remove { vm, disks }) => {
@@ -259,6 +262,8 @@ fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
         bandwidth_bytes_per_s: protect.bandwidth,
         sign_of_life: protect.sign_of_life.clone(),
         excluded: protect.excluded.clone(),
+        resync: protect.passes.resync.unwrap_or_default(),
+        initial: protect.passes.initial.unwrap_or_default(),
     })
 }
 

@@ -60,7 +60,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             }
             shown
         }
-        Request::Pause { .. } | Request::Resume { .. } | Request::Resync { .. } | Request::Sync { .. } => {
+        Request::Pause { .. } | Request::Resume { .. } | Request::Sync { .. } => {
             relationships(std::slice::from_ref(answer))
         }
         Request::Extend(extend) => format!(
@@ -76,6 +76,10 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             )
         }
         Request::AddDisks { .. } | Request::RemoveDisks { .. } => details(answer),
+        Request::Resync { .. } | Request::Configure { .. } => {
+            format!("{}\n{}", relationships(std::slice::from_ref(answer)), details(answer))
+        }
+        Request::Seed(request) => seeded(request.vm.as_str(), answer),
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),
@@ -213,11 +217,24 @@ fn details(vm: &Value) -> String {
     };
     if let Some(reason) = vm["health_reason"].as_str().filter(|reason| !reason.is_empty()) {
         line("health", reason.to_owned());
+    } else if let Some(message) = vm["rests"]["message"].as_str() {
+        line("waits", message.to_owned());
     }
-    if let Some(message) = vm["error"]["message"].as_str().filter(|&m| vm["health_reason"] != m) {
-        line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"])));
+    if vm["progress"].is_object() && vm["resync_reason"].is_string() {
+        line("because", text(&vm["resync_reason"]).to_owned());
     }
-    if let Some(at) = vm["next_cycle_at"].as_str().filter(|_| !vm["error"].is_null()) {
+    if vm["resync"].as_str().is_some_and(|policy| policy != "auto") {
+        line("resync", text(&vm["resync"]).to_owned());
+    }
+    let told = text(&vm["health_reason"]);
+    if let Some(message) = vm["error"]["message"].as_str().filter(|&message| !told.starts_with(message)) {
+        match vm["failures"].as_u64() {
+            Some(0) => line("waits", message.to_owned()),
+            _ => line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"]))),
+        }
+    }
+    let goes_on = !vm["error"].is_null() && vm["rests"].is_null();
+    if let Some(at) = vm["next_cycle_at"].as_str().filter(|_| goes_on) {
         line("next try", moment(&at.into()));
     }
     for disk in list(&vm["disks"]) {
@@ -243,6 +260,17 @@ fn details(vm: &Value) -> String {
             line("pinned", format!("{pinned} points by hand; {cost} of logs are there only for them"));
         }
     }
+    shown
+}
+
+fn seeded(vm: &str, answer: &Value) -> String {
+    let mut shown = format!("The replica of {vm} will begin with these images, which can be removed now:\n");
+    for disk in list(&answer["disks"]) {
+        let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), bytes(&disk["size_bytes"]));
+    }
+    shown.push_str(
+        "Both sides are compared as soon as the site that protects it asks; only what differs travels.",
+    );
     shown
 }
 

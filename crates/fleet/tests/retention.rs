@@ -39,6 +39,7 @@ proptest! {
             let plan = plan_retention(&RetentionInput {
                 points: &points,
                 logs: &logs,
+                resync: false,
                 applied: LogNumber(base),
                 pins: &pins,
                 pinned: &[],

@@ -25,6 +25,7 @@ pub mod job;
 mod measure;
 mod phase;
 mod points;
+mod resync;
 mod retry;
 mod time;
 
@@ -39,6 +40,10 @@ pub use measure::{
 };
 pub use phase::{ApplyState, Phase, Progress, Purpose, ResyncReason};
 pub use points::{PinnedPoint, PointRef, UnknownPoint, find_point};
+pub use resync::{
+    DailyWindow, INITIAL_AHEAD_MAX, InitialStart, MayRun, PolicyError, ResyncPolicy, ResyncWord,
+    check_initial_start, may_run,
+};
 pub use retry::{Attempt, GiveUp, RetryDecision, RetryPolicy};
 pub use time::{Timestamp, human_duration};
 

@@ -8,7 +8,11 @@
 //!                    │ bitmap lost, chain broken,        │                       │
 //!                    ▼ disk resized, ...                 ▼                       │
 //!               ResyncRequired ◀───────────────── (any of these)         Resynchronizing
-//!                    └──────────── first partial log of the compare ─────────────▶┘
+//!                    ▲  └───────── first partial log of the compare ─────────────▶│
+//!                    └────────── cancelled: it waits for a person or a window ────┘
+//!
+//!  with a seed at the replica's site, InitialReplication becomes ResyncRequired (seeded) before anything is sent;
+//!  when a pass may begin, and when it rests in between: `may_run`
 //!
 //!  replica:  any of these with a point ──failover──▶ Failover ──cancel──▶ back
 //!                                                       └──complete──▶ no replica any more: the VM runs here
@@ -49,6 +53,8 @@ pub enum ResyncReason {
     Requested,
     /// The VM was failed over, and what was its primary is to become its replica.
     Reversed,
+    /// The replica begins with images that its site had.
+    Seeded,
 }
 
 impl fmt::Display for ResyncReason {
@@ -61,6 +67,7 @@ impl fmt::Display for ResyncReason {
             Self::ChainBroken(what) => write!(f, "the replica's chain does not continue ours ({what})"),
             Self::Requested => f.write_str("it was asked for"),
             Self::Reversed => f.write_str("the VM was failed over, and is replicated the other way now"),
+            Self::Seeded => f.write_str("the replica begins with images that its site had"),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use catalog::Catalog;
 use model::{
     Consistency, CyclePlan, DiskName, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason,
-    Timestamp, phase_after, plan_cycle,
+    ResyncWord, Timestamp, phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -129,7 +129,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     /// Tells the replica what we have, hears what it has, and squares the two.
-    async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
+    pub(crate) async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
         let offer = self.offer(vm, disks).await;
         let status = self.remote()?.offer(&offer).await?;
         if let Some(refused) = &status.refused {
@@ -143,7 +143,8 @@ impl<P: Ports> Relationship<P> {
         match self.row.shipped.reconcile(durable) {
             Ok(reconciled) => {
                 if let Some(attempt) = reconciled.arrived {
-                    self.row.phase = arrived_phase(&self.row.phase, &attempt, &status);
+                    let phase = arrived_phase(&self.row.phase, &attempt, &status);
+                    self.row.enter(phase);
                 }
                 self.row.shipped = reconciled.shipped;
             }
@@ -161,6 +162,7 @@ impl<P: Ports> Relationship<P> {
             let why = why.clone();
             return Err(self.require_resync(why).await?);
         }
+        self.check_seed()?;
         durable_step("primary::offer::saving");
         self.row.save(&self.shared.catalog).await?;
         durable_step("primary::offer::saved");
@@ -258,6 +260,10 @@ impl<P: Ports> Relationship<P> {
     pub(crate) async fn require_resync(&mut self, why: ResyncReason) -> Result<Failure, Failure> {
         let message = format!("resynchronization is required: {why}");
         tracing::warn!(vm = %self.row.name, %why, "resynchronization is required");
+        if why == ResyncReason::Seeded {
+            self.row.passes.word = ResyncWord::Asked; // with the wish for an initial replication
+        }
+        self.row.passes.why = Some(why.clone());
         self.row.phase = Phase::ResyncRequired { why };
         self.squared = false;
         durable_step("primary::resync::saving");
@@ -474,8 +480,8 @@ impl Ledger for Rows<'_> {
         if attempt.ends_cycle {
             row.disks.clone_from(&self.after);
         }
-        row.phase =
-            phase_after(self.plan.purpose, makes_point, attempt.progress.unwrap_or_default(), &row.phase);
+        let progress = attempt.progress.unwrap_or_default();
+        row.enter(phase_after(self.plan.purpose, makes_point, progress, &row.phase));
         if makes_point {
             row.point_at = Some(self.moment);
             if self.consistency == Consistency::Application {

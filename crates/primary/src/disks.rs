@@ -112,6 +112,7 @@ impl<P: Ports> Relationship<P> {
         match &mut self.row.phase {
             Phase::InitialReplication { .. } | Phase::Resynchronizing { .. } if unsure => {
                 let why = ResyncReason::DisksChanged("while a log's fate was not known".into());
+                self.row.passes.why = Some(why.clone());
                 self.row.phase = Phase::ResyncRequired { why };
             }
             Phase::InitialReplication { progress } | Phase::Resynchronizing { progress } => {

@@ -34,6 +34,12 @@ pub enum FailureCode {
     Encode,
     /// The catalog of this site.
     Catalog,
+    /// What was asked for does not fit where the relationship stands.
+    Unfit,
+    /// The resynchronization rests: by its policy, or because a person has cancelled it.
+    Rests,
+    /// The initial replication waits for images at the replica's site.
+    SeedAwaited,
     /// The cycle was stopped by a person or by the site's shutdown.
     Stopped,
 }

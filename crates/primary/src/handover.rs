@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{Head, Phase, Progress, ResyncReason, Shipped, VmId};
+use model::{Head, Phase, Progress, ResyncReason, ResyncWord, Shipped, VmId};
 use steps::durable_step;
 use tokio::time::Instant;
 use wire::{HandOver, HandedOver};
@@ -113,6 +113,7 @@ impl<P: Ports> Relationship<P> {
         let mut row = Self::first_row(shared, request, vm).await?;
         row.generation = generation;
         row.phase = Phase::ResyncRequired { why: ResyncReason::Reversed };
+        row.passes.word = ResyncWord::Asked;
         durable_step("primary::takeover::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::takeover::saved");
@@ -143,6 +144,7 @@ impl Protected {
             failures: 0,
             error: None,
             generation: 1,
+            passes: rows::Passes::default(),
         }
     }
 }

@@ -23,6 +23,7 @@ mod digests;
 mod disks;
 mod error;
 mod handover;
+mod passes;
 pub mod ports;
 mod protect;
 mod read;
@@ -38,8 +39,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Assessment, CycleBackoff, CycleTally, DiskName, Health, HealthThresholds, LastError, LogNumber, Phase,
-    Sum, Timestamp, VmId, VmName,
+    Assessment, CycleBackoff, CycleTally, DiskName, Health, HealthThresholds, InitialStart, LastError,
+    LogNumber, MayRun, Phase, ResyncPolicy, Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -54,7 +55,7 @@ pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
 pub use crate::real::{PeerClients, Real, WireRemote, random_id};
 pub use crate::relationship::{Relationship, Shared, Stopper};
-pub use crate::rows::{Image, KnownDisk, Protected, Settings};
+pub use crate::rows::{Image, KnownDisk, Passes, Protected, Settings};
 use crate::runner::{Handle, Order};
 pub use qemu::{DomainAddress, Monitor};
 
@@ -90,6 +91,18 @@ pub struct ProtectRequest {
     pub name: VmName,
     /// How it is to be protected.
     pub settings: Settings,
+    /// How its initial replication is to begin.
+    #[serde(default)]
+    pub initial: InitialStart,
+}
+
+/// What a person wants to have otherwise for a protected VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// When both sides are compared without being asked.
+    pub resync: Option<ResyncPolicy>,
+    /// How its initial replication is to begin.
+    pub initial: Option<InitialStart>,
 }
 
 /// What there is to say of a protected VM.
@@ -121,6 +134,10 @@ pub struct VmStatus {
     pub failures: u32,
     /// When the next cycle is due.
     pub next_at: Timestamp,
+    /// Whether it may run then, or its pass rests.
+    pub may_run: MayRun,
+    /// What steers its passes.
+    pub passes: Passes,
     /// Why the last cycle failed.
     pub error: Option<Failure>,
     /// Bytes of logs shipped since this site started.
@@ -149,6 +166,8 @@ impl VmStatus {
             pending_bytes: None,
             failures: row.failures,
             next_at: row.made_at,
+            may_run: MayRun::Now,
+            passes: row.passes.clone(),
             error: row.error.clone(),
             sent_bytes: 0,
             generation: row.generation,
@@ -234,7 +253,7 @@ impl<P: Ports> Primary<P> {
         self.order(name, Order::Resume, WhenRunning::Wait).await
     }
 
-    /// Compares both sides and sends what differs.
+    /// Compares both sides and sends what differs, whatever the policy says; a pass that rests goes on.
     pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
     }
@@ -247,6 +266,16 @@ impl<P: Ports> Primary<P> {
     /// Ends the replication of some of its disks, by their names.
     pub async fn remove_disks(&self, name: &VmName, disks: Vec<DiskName>) -> Result<VmStatus, Error> {
         self.order(name, |done| Order::RemoveDisks(disks, done), WhenRunning::Wait).await
+    }
+
+    /// Ends a resynchronization: it is required as before, and waits for a person or the next window.
+    pub async fn cancel_resync(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::CancelResync, WhenRunning::Stop).await
+    }
+
+    /// Changes how a VM is protected.
+    pub async fn configure(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::Configure(changes, done), WhenRunning::Wait).await
     }
 
     /// Gives a VM that is off to its replica's site, with everything: a planned failover. With `shut_down` the guest is

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{INTERVAL_SECONDS, POINTS_MAX, VmId};
+use model::{INTERVAL_SECONDS, InitialStart, POINTS_MAX, VmId, check_initial_start};
 use qemu::{DomainAddress, libvirt};
 use steps::durable_step;
 
@@ -26,7 +26,10 @@ impl<P: Ports> Relationship<P> {
         vm: VmId,
         generation: u64,
     ) -> Result<Self, Error> {
-        let peer = &request.settings.peer;
+        let (peer, initial) = (&request.settings.peer, request.initial);
+        if let InitialStart::At { at } = initial {
+            check_initial_start(at, shared.now()).map_err(Error::Setting)?;
+        }
         if shared.ports.remote(peer).is_none() {
             return Err(Error::Setting(format!(
                 "no peer is named {peer}; 'afterimage peer list' shows the ones there are"
@@ -35,10 +38,15 @@ impl<P: Ports> Relationship<P> {
         let mut row = Self::first_row(shared, request, vm).await?;
         row.generation = generation;
         row.phase = first_phase(row.total_bytes());
+        row.passes.initial = initial;
         durable_step("primary::protect::saving");
         row.save(&shared.catalog).await?;
         durable_step("primary::protect::saved");
-        Ok(Self::new(row, Measured::beginning(shared.now()), shared.clone()))
+        let mut relationship = Self::new(row, Measured::beginning(shared.now()), shared.clone());
+        if let InitialStart::At { .. } = initial {
+            relationship.announce().await;
+        }
+        Ok(relationship)
     }
 
     /// What is known of a VM before its first cycle, its disks among it.
@@ -47,7 +55,7 @@ impl<P: Ports> Relationship<P> {
         request: ProtectRequest,
         vm: VmId,
     ) -> Result<Protected, Error> {
-        let ProtectRequest { name, settings } = request;
+        let ProtectRequest { name, settings, .. } = request;
         check_settings(&settings, shared.config.interval_min_s)?;
         if rows::is_known(&shared.catalog, &name)? {
             return Err(Error::Exists(name));

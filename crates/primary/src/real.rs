@@ -370,6 +370,9 @@ fn read_failure(disk: &DiskName, error: &nbd::Error) -> Failure {
     Failure::transient(FailureCode::Qemu, format!("reading disk {disk} at the cycle's moment: {error}"))
 }
 
+/// What a replica refuses a log with that does not continue its chain.
+const CHAIN_CHANGED: [&str; 2] = ["wrong-number", "wrong-predecessor"];
+
 /// Sorts what the link says into what may clear by itself and what may not.
 fn link_failure(error: &wire::Error) -> Failure {
     let message = error.to_string();
@@ -381,6 +384,11 @@ fn link_failure(error: &wire::Error) -> Failure {
         }
         wire::ErrorKind::Unauthorized => Failure::lasting(FailureCode::Certificate, message),
         wire::ErrorKind::Forbidden => Failure::lasting(FailureCode::NotAuthorized, message),
+        // Its chain is not what it was when the last cycle ended: it was put back from an older copy, say. What it is
+        // now, the next cycle asks.
+        wire::ErrorKind::Refused if CHAIN_CHANGED.iter().any(|code| error.has_code(code)) => {
+            Failure::transient(FailureCode::ReplicaRefused, message)
+        }
         wire::ErrorKind::Refused => {
             Failure { code: FailureCode::ReplicaRefused, message, transient: error.transient() }
         }

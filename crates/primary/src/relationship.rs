@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    ApplyState, CycleTally, HealthInput, LastError, Lately, Owed, Phase, Progress, Purpose, ResyncReason,
+    ApplyState, CycleTally, HealthInput, LastError, Lately, MayRun, Owed, Phase, Progress, Purpose,
     Timestamp, assess, tally_ms,
 };
 use steps::durable_step;
@@ -26,6 +26,9 @@ const NEWS_LOOK_MIN: Duration = Duration::from_millis(100);
 
 /// No more of an error is kept in the monitoring window, in characters.
 const ERROR_CHARS: usize = 500;
+
+/// Whether images have arrived is asked at least this often.
+const SEED_LOOK: Duration = Duration::from_secs(30);
 
 /// What the relationships of a site share.
 pub struct Shared<P> {
@@ -151,7 +154,12 @@ impl<P: Ports> Relationship<P> {
         let now = self.shared.now();
         // Whoever sets a clock back by a day must not stop replication for a day.
         let left = if now < self.booked_at { Duration::ZERO } else { self.next_at.since(now) };
-        (!blocked).then_some(left)
+        match self.row.may_run(now) {
+            _ if blocked => None,
+            MayRun::Now => Some(left),
+            MayRun::From(at) => Some(left.max(at.since(now))),
+            MayRun::WhenAsked => None,
+        }
     }
 
     /// Asks a VM that is connected how much has changed since the last cycle, and whether it has got disks.
@@ -191,7 +199,9 @@ impl<P: Ports> Relationship<P> {
             let message = format!("replication of {} is paused; 'afterimage resume' first", self.row.name);
             return Err(Failure::lasting(FailureCode::Stopped, message));
         }
+        self.begin_initial_now();
         loop {
+            self.check_rest()?;
             let before = self.row.phase.clone();
             match self.cycle_now().await {
                 Ok(report) if report.point.is_some() || report.logs == 0 => return Ok(()),
@@ -226,6 +236,7 @@ impl<P: Ports> Relationship<P> {
     pub async fn resume(&mut self) -> Result<(), Failure> {
         self.row.error = None;
         self.row.failures = 0;
+        self.begin_initial_now();
         self.book(Duration::ZERO);
         self.owed = Owed::from(self.next_at);
         self.set_paused(false).await
@@ -238,17 +249,6 @@ impl<P: Ports> Relationship<P> {
         durable_step("primary::pause::saved");
         self.tell_replica().await;
         Ok(())
-    }
-
-    /// Has the next cycles compare both sides and send what differs.
-    pub async fn resync(&mut self) -> Result<(), Failure> {
-        self.check_is_ours()?;
-        if matches!(self.row.phase, Phase::InitialReplication { .. }) && self.row.shipped.acked.number.0 == 0
-        {
-            return Ok(()); // nothing has been shipped: there is nothing to compare with
-        }
-        self.require_resync(ResyncReason::Requested).await?;
-        self.resume().await
     }
 
     /// Leaves nothing of ours in the VM, and tells the replica; the row stays.
@@ -290,6 +290,11 @@ impl<P: Ports> Relationship<P> {
             Err(failure) if failure.code == FailureCode::Stopped && self.stop.is_cancelled() => {
                 self.squared = false;
                 self.book(Duration::ZERO);
+                self.owed = Owed::from(self.next_at);
+            }
+            Err(failure) if failure.code == FailureCode::SeedAwaited => {
+                self.row.error = Some(failure.clone());
+                self.book(SEED_LOOK.min(self.row.settings.interval));
                 self.owed = Owed::from(self.next_at);
             }
             Err(failure) => self.settle_failed(failure).await,
@@ -379,7 +384,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     /// The next cycle is due after this time.
-    fn book(&mut self, wait: Duration) {
+    pub(crate) fn book(&mut self, wait: Duration) {
         self.booked_at = self.shared.now();
         self.next_at = self.booked_at.plus(wait);
     }
@@ -441,6 +446,7 @@ impl<P: Ports> Relationship<P> {
             last_cycle: self.last_cycle.clone(),
             pending_bytes: self.pending_bytes,
             next_at: self.next_at,
+            may_run: self.row.may_run(now),
             sent_bytes: self.sent_bytes,
             last_error: self.measured.last_error.clone().filter(|error| error.at >= measured.since),
             measured,

@@ -6,7 +6,10 @@ use std::time::Duration;
 use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
-use model::{CycleTally, DiskName, LastError, Phase, Shipped, Timestamp, VmId, VmName, Window};
+use model::{
+    CycleTally, DiskName, InitialStart, LastError, MayRun, Phase, ResyncPolicy, ResyncReason, ResyncWord,
+    Shipped, Timestamp, VmId, VmName, Window, may_run,
+};
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -37,6 +40,8 @@ const TABLES: &[&str] = &["
         vm     TEXT PRIMARY KEY,
         window TEXT NOT NULL            -- json: Measured
     ) STRICT;
+", "
+    ALTER TABLE protected ADD COLUMN passes TEXT NOT NULL DEFAULT '{}';      -- json: Passes
 "];
 
 /// What a person has set for one protected VM.
@@ -67,6 +72,21 @@ pub struct Settings {
     /// Where every writable disk is protected: all but these nodes, or targets of a domain of libvirt's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub excluded: Vec<String>,
+    /// When both sides are compared without being asked.
+    #[serde(default)]
+    pub resync: ResyncPolicy,
+}
+
+/// What a person has said of the pass that is under way or to come, and why it is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Passes {
+    /// How the initial replication is to begin.
+    pub initial: InitialStart,
+    /// What was said of the resynchronization.
+    pub word: ResyncWord,
+    /// Why it is required; kept while it is under way.
+    pub why: Option<ResyncReason>,
 }
 
 impl Settings {
@@ -129,6 +149,8 @@ pub struct Protected {
     pub error: Option<Failure>,
     /// How often the VM has changed its site for good, and one more.
     pub generation: u64,
+    /// What steers its passes.
+    pub passes: Passes,
 }
 
 /// The monitoring window of one protected VM.
@@ -182,6 +204,19 @@ impl Protected {
         self.disks.iter().map(|disk| disk.node.clone()).collect()
     }
 
+    /// Whether its next cycle may run now, as far as passes are concerned.
+    pub fn may_run(&self, now: Timestamp) -> MayRun {
+        may_run(&self.phase, self.settings.resync, self.passes.word, self.passes.initial, now)
+    }
+
+    /// A pass that is complete has nothing to be steered by any more.
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        if phase == Phase::Replicating {
+            self.passes = Passes::default();
+        }
+        self.phase = phase;
+    }
+
     /// Writes the row; durable when this returns.
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
@@ -204,7 +239,7 @@ impl Protected {
 
     fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
         tx.execute(
-            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
             params![
                 self.vm.to_string(),
                 self.name.as_str(),
@@ -219,6 +254,7 @@ impl Protected {
                 self.failures,
                 self.error.as_ref().map(to_json),
                 self.generation,
+                to_json(&self.passes),
             ],
         )?;
         Ok(())
@@ -242,6 +278,7 @@ impl Protected {
                 _ => Some(json(row, 11)?),
             },
             generation: row.get(12)?,
+            passes: json(row, 13)?,
         })
     }
 }
@@ -279,7 +316,7 @@ pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
 
 #[cfg(test)]
 mod tests {
-    use model::{Progress, ResyncReason};
+    use model::Progress;
 
     use super::*;
 
@@ -304,6 +341,7 @@ mod tests {
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
                 excluded: vec!["cd0".into()],
+                resync: "22:00-06:00".parse().unwrap(),
             },
             disks: vec![KnownDisk {
                 node: "vda".into(),
@@ -321,6 +359,11 @@ mod tests {
             failures: 3,
             error: Some(Failure::transient(crate::error::FailureCode::Link, "cut")),
             generation: 2,
+            passes: Passes {
+                initial: InitialStart::At { at: Timestamp(11) },
+                word: ResyncWord::Cancelled { at: Timestamp(12) },
+                why: Some(ResyncReason::Requested),
+            },
         };
         row.save(&catalog).await.unwrap();
         row.phase = Phase::ResyncRequired { why: ResyncReason::BitmapLost("vda".into()) };
@@ -350,6 +393,7 @@ mod tests {
         let read = |monitor: &str| serde_json::from_str::<Settings>(&format!("{{{monitor}, {common}}}"));
         let plain = read(r#""qmp": "/run/qmp""#).unwrap();
         assert_eq!((&plain.monitor, plain.agent()), (&Monitor::Socket("/run/qmp".into()), None));
+        assert_eq!(plain.resync, ResyncPolicy::Automatic);
         let domain = read(r#""libvirt": {"uri": "qemu:///system", "name": "web", "uuid": "c7"}"#).unwrap();
         let Monitor::Libvirt(address) = &domain.monitor else { panic!("{:?}", domain.monitor) };
         assert_eq!(address.name, "web");

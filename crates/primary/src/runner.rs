@@ -9,10 +9,10 @@ use tokio::time::MissedTickBehavior;
 
 use wire::HandedOver;
 
-use crate::VmStatus;
 use crate::error::Failure;
 use crate::ports::Ports;
 use crate::relationship::{Relationship, Stopper};
+use crate::{Changes, VmStatus};
 
 /// Between two cycles QEMU is asked this often how much has changed, at the most and at the least: each time it
 /// describes all its disks, and a site may have a thousand VMs.
@@ -26,6 +26,8 @@ pub(crate) enum Order {
     Resync(oneshot::Sender<Result<(), Failure>>),
     AddDisks(Vec<String>, oneshot::Sender<Result<(), Failure>>),
     RemoveDisks(Vec<DiskName>, oneshot::Sender<Result<(), Failure>>),
+    CancelResync(oneshot::Sender<Result<(), Failure>>),
+    Configure(Changes, oneshot::Sender<Result<(), Failure>>),
     /// Give the VM to the replica's site.
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
@@ -50,6 +52,7 @@ impl Handle {
     /// Starts the task of a VM.
     pub fn spawn<P: Ports>(relationship: Relationship<P>) -> Self {
         let (orders, received) = mpsc::channel(16);
+        relationship.publish();
         let (stopper, status) = (relationship.stopper(), relationship.published());
         let task = tokio::spawn(run(relationship, received));
         Self { orders, stopper, status, task }
@@ -61,7 +64,6 @@ impl Handle {
 }
 
 async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Receiver<Order>) {
-    relationship.publish();
     let [shortest, longest] = LOOK_INTERVALS;
     let mut looks =
         tokio::time::interval((relationship.row().settings.interval / 3).clamp(shortest, longest));
@@ -110,6 +112,8 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Resync(done) => (done, relationship.resync().await),
         Order::AddDisks(nodes, done) => (done, relationship.add_disks(&nodes).await),
         Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
+        Order::CancelResync(done) => (done, relationship.cancel_resync().await),
+        Order::Configure(changes, done) => (done, relationship.configure(changes).await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
     };

@@ -4,7 +4,8 @@ mod world;
 
 use model::{Phase, Purpose};
 use primary::{CycleReport, FailureCode, Relationship};
-use world::{BLOCK, Fault, SimDisk, World, alone, request};
+use world::guest::SimDisk;
+use world::{BLOCK, Fault, World, alone, request};
 
 const MIB: usize = 1 << 20;
 

@@ -13,6 +13,7 @@
 //!                   failover/<disk>.qcow2  while a failover lasts, and after it was completed
 //!                   released.json          its failover was completed: the folder is a running VM's
 //!                   vm.json                what is needed to do without the catalog
+//! <dir>/seeds/ready/<vm>/<disk>.raw        images that a replica is to begin with
 //! ```
 //!
 //! Invariants:
@@ -57,6 +58,7 @@ mod relationship;
 mod rewrite;
 mod rows;
 mod seed;
+mod staging;
 mod store;
 mod view;
 mod vm;

@@ -2,7 +2,7 @@
 //! decide from what is true now, do it, decide again.
 
 use chain::{CompactRule, RetentionInput, RetentionPlan, plan_retention};
-use model::{BaseState, DiskName, LogNumber, PointInfo, Timestamp, VmId};
+use model::{BaseState, DiskName, LogNumber, Phase, PointInfo, Timestamp, VmId};
 use steps::durable_step;
 
 use crate::apply::ApplyJob;
@@ -142,6 +142,10 @@ impl Store {
         let plan = plan_retention(&RetentionInput {
             points: &points,
             logs: &logs,
+            resync: matches!(
+                state.row.doc.phase,
+                Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. }
+            ),
             applied: state.applied(),
             pins: &pins,
             pinned: &state.pinned(),

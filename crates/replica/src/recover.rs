@@ -49,6 +49,7 @@ impl Store {
             let vm = self.recover_vm(row, holds.remove(&id).unwrap_or_default())?;
             self.vms_mut().insert(id, vm);
         }
+        self.recover_seeds()?;
         self.tidy_released_folders(&vms_folder)
     }
 

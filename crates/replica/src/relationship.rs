@@ -56,10 +56,14 @@ impl Store {
         let _registry = self.inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_name(offer.vm, &offer.name)?;
         self.check_fence(offer.vm, offer.generation)?;
-        match self.vm(offer.vm) {
-            Ok(vm) => self.update(&vm, peer, offer),
-            Err(_) => self.create(peer, offer),
+        let id = offer.vm;
+        match self.vm(id) {
+            Ok(vm) => self.update(&vm, peer, offer)?,
+            Err(_) => self.create(peer, offer)?,
         }
+        let vm = self.vm(id)?;
+        self.adopt_seed(&vm)?;
+        Ok(standing(&*vm.live()?))
     }
 
     pub(crate) fn check_name(&self, vm: VmId, name: &VmName) -> Result<()> {
@@ -78,7 +82,7 @@ impl Store {
         }
     }
 
-    fn create(&self, peer: &str, offer: Offer) -> Result<Standing> {
+    fn create(&self, peer: &str, offer: Offer) -> Result<()> {
         let now = self.now();
         let folder = fresh_home(&self.home(offer.vm))?;
         self.check_space(&Folder { files: self.files(), path: self.inner.config.dir.join("vms") }, 0)?;
@@ -92,12 +96,11 @@ impl Store {
         durable_step("replica::offer::describing");
         crate::rebuild::describe(&state)?;
         durable_step("replica::offer::committed");
-        let standing = standing(&state);
         self.vms_mut().insert(offer.vm, Vm::new(state));
-        Ok(standing)
+        Ok(())
     }
 
-    fn update(&self, vm: &Vm, peer: &str, offer: Offer) -> Result<Standing> {
+    fn update(&self, vm: &Vm, peer: &str, offer: Offer) -> Result<()> {
         let mut state = vm.live()?;
         check_peer(&state, peer)?;
         let mut row = state.row.clone();
@@ -124,7 +127,7 @@ impl Store {
             crate::rebuild::describe(&state)?;
             durable_step("replica::offer::described");
         }
-        Ok(standing(&state))
+        Ok(())
     }
 
     /// Takes a primary's word of where it stands.

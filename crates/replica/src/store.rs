@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::fs::Files;
 use crate::rows::{self, VmRow};
+use crate::staging::Staging;
 use crate::vm::{State, Vm};
 use crate::worker::Workers;
 
@@ -30,6 +31,8 @@ pub(crate) struct Inner {
     pub workers: Workers,
     /// Tells whether somebody reads what lies below a failover's layers.
     pub below_is_read: OnceLock<Box<ReadsBelow>>,
+    /// Images that replicas are to begin with.
+    pub staging: Mutex<Staging>,
 }
 
 type ReadsBelow = dyn Fn(VmId) -> bool + Send + Sync;
@@ -46,6 +49,7 @@ impl Store {
         let inner = Inner {
             workers: Workers::default(),
             below_is_read: OnceLock::new(),
+            staging: Mutex::default(),
             vms: RwLock::new(BTreeMap::new()),
             registry: Mutex::new(()),
             catalog,

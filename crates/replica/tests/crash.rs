@@ -37,6 +37,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::remove::",
     "replica::report::",
     "replica::seed::",
+    "replica::staging::",
     "replica::withdraw::",
 ];
 

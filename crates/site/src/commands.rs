@@ -62,11 +62,17 @@ impl Commands for Site {
             }
             Request::Pause { vm } => self.of_primary(self.primary.pause(&vm).await),
             Request::Resume { vm } => self.resume(&vm).await,
-            Request::Resync { vm } if self.is_extended(&vm) => {
+            Request::Resync { vm, cancel: false } if self.is_extended(&vm) => {
                 self.of_primary(self.extensions.resync(&vm).await)
             }
-            Request::Resync { vm } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Resync { vm, cancel: true } if self.is_extended(&vm) => {
+                self.of_primary(self.extensions.cancel_resync(&vm).await)
+            }
             Request::Sync { vm } if self.is_extended(&vm) => self.of_primary(self.extensions.sync(&vm).await),
+            Request::Resync { vm, cancel: false } => self.of_primary(self.primary.resync(&vm).await),
+            Request::Resync { vm, cancel: true } => self.of_primary(self.primary.cancel_resync(&vm).await),
+            Request::Configure { vm, changes } => self.of_primary(self.primary.configure(&vm, changes).await),
+            Request::Seed(request) => self.seed_replica(request).await,
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Extend(extend) => self.extend(extend).await,
             Request::Unextend { vm } => self.unextend(&vm).await,
@@ -153,8 +159,10 @@ impl Site {
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
             sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
             excluded: protect.excluded,
+            resync: protect.resync,
         };
-        self.of_primary(self.primary.protect(ProtectRequest { name, settings }).await)
+        let request = ProtectRequest { name, settings, initial: protect.initial };
+        self.of_primary(self.primary.protect(request).await)
     }
 
     /// Whether a VM is one whose replica is passed on from here.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{INTERVAL_DEFAULT_SECONDS, PointRef, VmId, VmName};
+use model::{INTERVAL_DEFAULT_SECONDS, InitialStart, PointRef, ResyncPolicy, VmId, VmName};
 use primary::{Monitor, ProtectRequest, Settings};
 use qemu::{Layer, Qmp, rest_layers};
 use serde_json::{Value, json};
@@ -210,8 +210,9 @@ impl Site {
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
             excluded: Vec::new(),
+            resync: ResyncPolicy::Automatic,
         };
-        let request = ProtectRequest { name: vm.clone(), settings };
+        let request = ProtectRequest { name: vm.clone(), settings, initial: InitialStart::Now };
         let status = self.primary.take_over(request, fence.vm, fence.generation).await?;
         let what = format!("replicated the other way now, to {}", status.settings.peer);
         self.events.note(Event::new("failover-reversed", what).vm(&vm)).await;

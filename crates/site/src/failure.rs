@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use model::gate::{Condition, Refusal};
+use primary::FailureCode;
 use serde::{Deserialize, Serialize};
 
 /// The kind of a failure. Stable: scripts depend on it.
@@ -37,6 +38,10 @@ pub enum Code {
     Peer,
     /// A cycle failed.
     Cycle,
+    /// What was asked for does not fit where the relationship stands.
+    Unfit,
+    /// A resynchronization rests: by its policy, or because a person has cancelled it.
+    Rests,
     /// There is no such recovery point, or none at all.
     NoSuchPoint,
     /// The gate refused; `condition` says which of its eight conditions holds.
@@ -180,7 +185,12 @@ impl From<primary::Error> for Failure {
             primary::Error::Exists(_) => Self::new(Code::Exists, message),
             primary::Error::Setting(_) => Self::new(Code::Usage, message),
             primary::Error::Failure(failure) => {
-                Self { transient: failure.transient, ..Self::new(Code::Cycle, message) }
+                let code = match failure.code {
+                    FailureCode::Unfit => Code::Unfit,
+                    FailureCode::Rests => Code::Rests,
+                    _ => Code::Cycle,
+                };
+                Self { transient: failure.transient, ..Self::new(code, message) }
             }
             primary::Error::Catalog(error) => error.into(),
         }

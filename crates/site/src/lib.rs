@@ -28,6 +28,7 @@ mod peers;
 mod points;
 mod random;
 mod request;
+mod seeds;
 mod serve;
 mod source;
 mod status;
@@ -41,9 +42,10 @@ pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
+pub use primary::Changes;
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, Line, Progress, Protect, Request,
-    Reverse,
+    Reverse, SeedRequest,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use boot::SignOfLife;
 use model::gate::Access;
-use model::{DiskName, PointName, PointRef, VmName, Wanted};
+use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -77,11 +77,23 @@ pub enum Request {
         /// The VM.
         vm: VmName,
     },
-    /// Compares both sides.
+    /// Compares both sides, now.
     Resync {
         /// The VM.
         vm: VmName,
+        /// End it instead.
+        #[serde(default)]
+        cancel: bool,
     },
+    /// Changes how a VM is protected.
+    Configure {
+        /// The VM.
+        vm: VmName,
+        /// What is to be otherwise.
+        changes: primary::Changes,
+    },
+    /// At the replica's site: images that the replica of a VM is to begin with.
+    Seed(SeedRequest),
     /// Runs a cycle now and waits for it.
     Sync {
         /// The VM.
@@ -265,6 +277,12 @@ pub struct Protect {
     /// Where all writable disks are meant: all but these.
     #[serde(default)]
     pub excluded: Vec<String>,
+    /// When both sides are compared without being asked.
+    #[serde(default)]
+    pub resync: ResyncPolicy,
+    /// How the initial replication is to begin.
+    #[serde(default)]
+    pub initial: InitialStart,
 }
 
 /// How a replica is to be passed on to a third site.
@@ -280,6 +298,17 @@ pub struct Extend {
     pub points: Option<u8>,
     /// The bandwidth limit in bytes per second.
     pub bandwidth_bytes_per_s: Option<u64>,
+}
+
+/// Images that a replica is to begin with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedRequest {
+    /// The VM.
+    pub vm: VmName,
+    /// The disks and their images.
+    pub disks: Vec<(DiskName, PathBuf)>,
+    /// The images' format, in QEMU's words.
+    pub format: String,
 }
 
 /// How a VM's QEMU is reached.

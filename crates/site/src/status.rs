@@ -1,9 +1,12 @@
 //! Relationships as `status` shows them, from either side.
 
-use model::{ApplyState, Assessment, Consistency, Phase, Progress, Timestamp, VmId};
+use model::{
+    ApplyState, Assessment, Consistency, InitialStart, MayRun, Phase, Progress, ResyncPolicy, ResyncWord,
+    Timestamp, VmId,
+};
 use serde::Serialize;
 
-use crate::clock::{seconds, serialize_moment, serialize_optional_moment};
+use crate::clock::{rfc3339, seconds, serialize_moment, serialize_optional_moment};
 
 /// One relationship, for scripts and for tables. Names are stable.
 #[derive(Debug, Clone, Serialize)]
@@ -75,6 +78,12 @@ pub struct PrimarySide {
     pub failures: u32,
     /// Why the last one failed.
     pub error: Option<primary::Failure>,
+    /// Why its pass does not run just now, and until when.
+    pub rests: Option<RestView>,
+    /// When both sides are compared without being asked: `auto`, `manual` or a window.
+    pub resync: ResyncPolicy,
+    /// Why both sides are compared, or are to be.
+    pub resync_reason: Option<String>,
     /// When the next one is due.
     #[serde(serialize_with = "serialize_moment")]
     pub next_cycle_at: Timestamp,
@@ -82,6 +91,42 @@ pub struct PrimarySide {
     pub last_cycle: Option<CycleView>,
     /// Bytes of logs sent since the site was started.
     pub sent_bytes: u64,
+}
+
+/// A pass that waits.
+#[derive(Debug, Clone, Serialize)]
+pub struct RestView {
+    /// Until then; none if it waits for a person.
+    #[serde(serialize_with = "serialize_optional_moment")]
+    pub until: Option<Timestamp>,
+    /// One sentence for a person.
+    pub message: String,
+}
+
+impl RestView {
+    fn of(status: &primary::VmStatus) -> Option<Self> {
+        let name = &status.name;
+        let until = match status.may_run {
+            MayRun::Now => return None,
+            MayRun::From(at) => Some(at),
+            MayRun::WhenAsked => None,
+        };
+        let cancelled = matches!(status.passes.word, ResyncWord::Cancelled { .. });
+        let message = match (until, status.passes.initial, status.settings.resync) {
+            (Some(at), InitialStart::At { .. }, _) => format!(
+                "the initial replication begins at {}; 'afterimage resume {name}' begins it now",
+                rfc3339(at)
+            ),
+            (Some(_), _, ResyncPolicy::Daily(window)) => format!(
+                "{} until {} UTC; 'afterimage resync {name}' runs it now",
+                if cancelled { "it was cancelled and rests" } else { "it rests" },
+                window.opens()
+            ),
+            _ if cancelled => format!("it was cancelled; 'afterimage resync {name}' starts it anew"),
+            _ => format!("run 'afterimage resync {name}'"),
+        };
+        Some(Self { until, message })
+    }
 }
 
 /// The replica's part.
@@ -169,6 +214,11 @@ impl VmView {
     pub fn of_primary(status: &primary::VmStatus, now: Timestamp) -> Self {
         let Assessment { health, reason } = status.health.clone();
         let settings = &status.settings;
+        let rests = RestView::of(status);
+        let health_reason = match &rests {
+            Some(rest) if !reason.is_empty() => format!("{reason}; {}", rest.message),
+            _ => reason,
+        };
         Self {
             name: status.name.to_string(),
             id: status.vm,
@@ -178,7 +228,7 @@ impl VmView {
             progress: progress(&status.phase),
             paused: status.paused,
             health,
-            health_reason: reason,
+            health_reason,
             lag_s: status.last_point_at.map(|at| seconds(now.since(at))),
             pending_bytes: status.pending_bytes,
             last_point: status.last_point_at,
@@ -197,6 +247,9 @@ impl VmView {
                 acked: status.acked.0,
                 failures: status.failures,
                 error: status.error.clone(),
+                rests,
+                resync: settings.resync,
+                resync_reason: status.passes.why.as_ref().map(ToString::to_string),
                 next_cycle_at: status.next_at,
                 last_cycle: status.last_cycle.as_ref().map(CycleView::of),
                 sent_bytes: status.sent_bytes,

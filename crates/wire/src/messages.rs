@@ -106,7 +106,7 @@ fn tidy_phase(phase: &mut Phase) {
             | ResyncReason::DiskResized(text)
             | ResyncReason::DisksChanged(text)
             | ResyncReason::ChainBroken(text) => tidy(text),
-            ResyncReason::Requested | ResyncReason::Reversed => {}
+            ResyncReason::Requested | ResyncReason::Reversed | ResyncReason::Seeded => {}
         }
     }
 }

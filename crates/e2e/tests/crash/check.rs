@@ -147,7 +147,13 @@ impl Pair {
         let storage = self.storage()?;
         let (head, branch) = (self.head.dir(), self.branch.dir());
         let mut left: Vec<PathBuf> = self.homes().filter(|home| *home != storage).collect();
-        for folder in [storage.join("incoming"), branch.join("scratch"), head.join("repository/locks")] {
+        for folder in [
+            storage.join("incoming"),
+            branch.join("scratch"),
+            head.join("repository/locks"),
+            head.join("seeds/new"),
+            head.join("seeds/ready"),
+        ] {
             left.extend(files(&folder));
         }
         if self.points == "0" {

@@ -17,8 +17,12 @@ pub enum Drive {
     Sync,
     /// A VM is offered for the first time, and replicated.
     Protect,
+    /// Images are brought, and the VM is offered for the first time.
+    Seed,
     /// A VM is offered again.
     Offer,
+    /// The policy is set anew.
+    Configure,
     /// Both sides are compared because a person wants it.
     Resync,
     /// A VM is offered again with a disk that has grown.
@@ -105,7 +109,9 @@ impl Drive {
             Start => "it starts",
             Sync => "a cycle",
             Protect => "a VM is protected",
+            Seed => "replica seed, and a VM is protected",
             Offer => "the primary comes back",
+            Configure => "configure",
             Resync => "resync",
             Grow => "a disk has grown",
             Report => "pause",
@@ -144,12 +150,12 @@ impl Drive {
 
     /// Whether the two sides have to be compared afterwards: only where something was lost that they need.
     pub fn needs_resync(self) -> bool {
-        matches!(self, Lose | Rewrite | Grow | Resync)
+        matches!(self, Lose | Rewrite | Grow | Resync | Seed)
     }
 
     /// Whether the VM has another id afterwards, and begins anew.
     pub fn protects_anew(self) -> bool {
-        matches!(self, Protect | Withdraw | Remove)
+        matches!(self, Protect | Seed | Withdraw | Remove)
     }
 
     /// Whether the site dies before it is ready.
@@ -160,7 +166,7 @@ impl Drive {
     /// Before the site is started with its fail point.
     pub fn prepare(self, pair: &mut Pair) -> Result<()> {
         match self {
-            Protect => {
+            Protect | Seed => {
                 pair.branch.ok(&["unprotect", VM])?;
                 pair.head.ok(&["unprotect", VM]).map(drop)
             }
@@ -231,6 +237,11 @@ impl Drive {
         match self {
             Sync => order(branch, &["sync", VM]),
             Protect => pair.order_protect(),
+            Seed => {
+                pair.bring_images()?;
+                pair.order_protect()
+            }
+            Configure => order(branch, &["configure", VM, "--resync", "auto"]),
             Resync => order(branch, &["resync", VM]),
             Offer => {
                 pair.branch.kill();
@@ -313,7 +324,7 @@ impl Drive {
                 pair.remove_replica()?;
                 pair.protect()
             }
-            Protect => {
+            Protect | Seed => {
                 // It was protected, or it was not: then a person does it again.
                 if pair.branch.run(&["status", VM])?.status != 0 {
                     return pair.protect();
@@ -380,6 +391,18 @@ impl Pair {
         await_death(&mut self.head, step)?;
         drop(begun);
         Ok(())
+    }
+
+    /// Older images of the VM's disks are brought to the replica's site, which may die of it.
+    fn bring_images(&self) -> Result<()> {
+        let mut arguments = vec!["replica".to_owned(), "seed".into(), VM.into()];
+        for (name, _) in super::pair::DISKS {
+            let image = self.dir.path().join(format!("old-{name}.raw"));
+            std::fs::copy(self.daemon.disk(name), &image).map_err(trouble)?;
+            arguments.extend(["--disk".into(), format!("{name}={}", image.display())]);
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        self.head.run(&arguments).map(drop)
     }
 
     /// Removes the replica; where it has not heard that it is given up, together with its peer.

@@ -2,7 +2,7 @@
 //! fail. Everything in it is decided by a seed and by tokio's clock.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-mod guest;
+pub mod guest;
 mod replica;
 
 use std::path::Path;
@@ -17,7 +17,7 @@ use primary::{
 };
 use tokio::time::Instant;
 
-pub use guest::{BLOCK, Guest, SimDisk, Vm};
+pub use guest::{BLOCK, Guest, Vm};
 pub use replica::{Fault, Link, Replica};
 
 /// Everything that there is. Clones are the same world.
@@ -140,7 +140,9 @@ pub fn request() -> ProtectRequest {
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
             excluded: Vec::new(),
+            resync: model::ResyncPolicy::Automatic,
         },
+        initial: model::InitialStart::Now,
     }
 }
 

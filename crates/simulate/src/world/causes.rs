@@ -39,7 +39,8 @@ impl World {
             // not be removed either: the next start takes it in.
             ResyncReason::ChainBroken(_) => late || lost || self.storage_failed,
             ResyncReason::Requested => causes.asked,
-            ResyncReason::Reversed => false, // nobody fails over for good here
+            // Nobody fails over for good here, or brings images.
+            ResyncReason::Reversed | ResyncReason::Seeded => false,
         };
         if true_reason {
             Ok(())

@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use catalog::Catalog;
-use model::{CycleBackoff, HealthThresholds, VmName};
+use model::{CycleBackoff, HealthThresholds, InitialStart, ResyncPolicy, VmName};
 use primary::{Compress, Config, Failure, Monitor, ProtectRequest, Relationship, Settings, Shared, Stopper};
 
 use super::{Checked, World, wrong};
@@ -136,8 +136,12 @@ impl World {
                 bandwidth_bytes_per_s: None,
                 sign_of_life: None,
                 excluded: Vec::new(),
+                resync: ResyncPolicy::Automatic,
             };
-            let mut protecting = Box::pin(Relationship::protect(&shared, ProtectRequest { name, settings }));
+            let mut protecting = Box::pin(Relationship::protect(
+                &shared,
+                ProtectRequest { name, settings, initial: InitialStart::Now },
+            ));
             let protected = (0..TURNS_MAX).find_map(|_| match turn(protecting.as_mut()) {
                 Poll::Ready(done) => Some(done),
                 Poll::Pending => None,

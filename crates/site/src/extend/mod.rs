@@ -14,7 +14,7 @@ mod ports;
 
 use std::time::Duration;
 
-use model::{VmId, VmName};
+use model::{InitialStart, ResyncPolicy, VmId, VmName};
 use primary::{Monitor, ProtectRequest, Settings};
 use serde_json::{Value, json};
 
@@ -56,8 +56,9 @@ impl Site {
             bandwidth_bytes_per_s,
             sign_of_life: None,
             excluded: Vec::new(),
+            resync: ResyncPolicy::Automatic,
         };
-        let request = ProtectRequest { name: name.clone(), settings };
+        let request = ProtectRequest { name: name.clone(), settings, initial: InitialStart::Now };
         let status = self.extensions.begin(request, vm, there.generation).await?;
         self.events.note(Event::new("extended", format!("passed on to {to} from here")).vm(&name)).await;
         Ok(json!(VmView::of_primary(&status, now())))

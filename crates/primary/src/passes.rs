@@ -1,0 +1,146 @@
+//! What a person says of a pass: run it now, end it, only at these times. The rule itself is `model::may_run`.
+
+use model::{
+    InitialStart, MayRun, Phase, Progress, ResyncPolicy, ResyncReason, ResyncWord, check_initial_start,
+};
+use steps::durable_step;
+
+use crate::Changes;
+use crate::error::{Failure, FailureCode};
+use crate::ports::{Guest, Ports};
+use crate::relationship::Relationship;
+
+impl<P: Ports> Relationship<P> {
+    /// Has both sides compared, and what differs sent, whatever the policy says. A pass that is under way, or rests,
+    /// goes on where it is; after [`Relationship::cancel_resync`] the next one begins anew.
+    pub async fn resync(&mut self) -> Result<(), Failure> {
+        self.check_is_ours()?;
+        let begins = match self.row.phase {
+            // Nothing has been shipped: there is nothing to compare with.
+            Phase::InitialReplication { .. } if self.row.shipped.acked.number.0 == 0 => return Ok(()),
+            Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. } => false,
+            _ => true,
+        };
+        self.row.passes.word = ResyncWord::Asked;
+        if begins {
+            self.require_resync(ResyncReason::Requested).await?;
+        }
+        self.resume().await
+    }
+
+    /// Ends a resynchronization. It is required as before, nothing is replicated, and it waits for a person, or for the
+    /// next window of the policy.
+    pub async fn cancel_resync(&mut self) -> Result<(), Failure> {
+        if !matches!(self.row.phase, Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. }) {
+            let message = format!(
+                "no resynchronization of {} is required or under way (it is in phase {}); there is nothing to cancel",
+                self.row.name,
+                self.row.phase.name()
+            );
+            return Err(Failure::lasting(FailureCode::Unfit, message));
+        }
+        self.row.passes.word = ResyncWord::Cancelled { at: self.shared.now() };
+        self.row.error = None;
+        let why = self.row.passes.why.clone().unwrap_or(ResyncReason::Requested);
+        self.require_resync(why).await.map(drop)
+    }
+
+    /// Changes how the VM is protected. A new policy counts at once, also for what was asked for or cancelled before.
+    pub async fn configure(&mut self, changes: Changes) -> Result<(), Failure> {
+        self.check_is_ours()?;
+        if let Some(initial) = changes.initial {
+            self.set_initial(initial)?;
+        }
+        if let Some(policy) = changes.resync {
+            self.set_policy(policy);
+        }
+        durable_step("primary::configure::saving");
+        self.row.save(&self.shared.catalog).await?;
+        durable_step("primary::configure::saved");
+        Ok(())
+    }
+
+    fn set_policy(&mut self, policy: ResyncPolicy) {
+        self.row.settings.resync = policy;
+        // The compare with a seed is an initial replication, which no policy holds up.
+        if self.row.passes.why != Some(ResyncReason::Seeded) {
+            self.row.passes.word = ResyncWord::None;
+        }
+    }
+
+    fn set_initial(&mut self, initial: InitialStart) -> Result<(), Failure> {
+        if !self.row.has_not_begun() {
+            let message = format!(
+                "the initial replication of {} has begun already; 'afterimage pause' and 'resume' stop it and let it go on",
+                self.row.name
+            );
+            return Err(Failure::lasting(FailureCode::Unfit, message));
+        }
+        if let InitialStart::At { at } = initial {
+            check_initial_start(at, self.shared.now())
+                .map_err(|message| Failure::lasting(FailureCode::Unfit, message))?;
+        }
+        self.row.passes.initial = initial;
+        self.row.error = None;
+        self.book(std::time::Duration::ZERO);
+        Ok(())
+    }
+
+    /// Tells the replica's site of a VM whose initial replication begins later, so that it is known now what is in the
+    /// way. What may clear by itself until then is no matter.
+    pub(crate) async fn announce(&mut self) {
+        let told = async {
+            let vm = self.connect_guest().await?;
+            let disks = vm.resolve(&self.row.nodes()).await?;
+            self.square_up(&vm, &disks).await
+        };
+        if let Err(failure) = told.await {
+            tracing::warn!(vm = %self.row.name, %failure, "the replica's site was not told");
+            self.row.error = Some(failure).filter(|failure| !failure.transient);
+        }
+    }
+
+    /// A time that was set for the initial replication is none any more.
+    pub(crate) fn begin_initial_now(&mut self) {
+        if let InitialStart::At { .. } = self.row.passes.initial {
+            self.row.passes.initial = InitialStart::Now;
+        }
+    }
+
+    /// Refuses what would need a pass that rests.
+    pub(crate) fn check_rest(&self) -> Result<(), Failure> {
+        let name = &self.row.name;
+        let until = match (self.row.may_run(self.shared.now()), self.row.settings.resync) {
+            (MayRun::Now, _) => return Ok(()),
+            (MayRun::From(_), ResyncPolicy::Daily(window)) => format!("until {} UTC", window.opens()),
+            (MayRun::From(_) | MayRun::WhenAsked, _) => "until it is asked for".into(),
+        };
+        let message =
+            format!("the resynchronization of {name} rests {until}; 'afterimage resync {name}' runs it now");
+        Err(Failure { code: FailureCode::Rests, message, transient: until.contains("UTC") })
+    }
+
+    /// Without the images that it is to begin with, an initial replication does not begin.
+    pub(crate) fn check_seed(&self) -> Result<(), Failure> {
+        if self.row.passes.initial != InitialStart::Seed || !self.row.has_not_begun() {
+            return Ok(());
+        }
+        let (name, peer) = (&self.row.name, &self.row.settings.peer);
+        let disks: Vec<String> =
+            self.row.disks.iter().map(|disk| format!(" --disk {}=FILE", disk.name)).collect();
+        let message = format!(
+            "{name} waits for images at {peer}: run 'afterimage replica seed {name}{}' there, or 'afterimage configure {name} --initial now' here to send everything",
+            disks.concat()
+        );
+        Err(Failure::transient(FailureCode::SeedAwaited, message))
+    }
+}
+
+impl crate::rows::Protected {
+    /// Nothing of the initial replication has been sent, or is on its way.
+    fn has_not_begun(&self) -> bool {
+        matches!(self.phase, Phase::InitialReplication { progress: Progress { covered_bytes: 0, .. } })
+            && self.shipped.acked.number.0 == 0
+            && self.shipped.attempt.is_none()
+    }
+}
