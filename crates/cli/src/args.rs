@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::{PointName, PointRef, VmName};
+use model::authorization::VmPatterns;
+use model::{GroupName, PointName, PointRef, VmName};
+use site::Change;
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
@@ -173,19 +175,66 @@ pub enum Peer {
     Invite {
         /// What the peer will be called here.
         name: VmName,
-        /// Which VMs it may replicate to this site, by name; `*` stands for anything.
-        #[arg(long, default_value = "*", value_name = "PATTERN")]
-        vms: String,
-        /// How much its replicas may take up here, such as 500G or 2T; without it, all there is.
-        #[arg(long, value_parser = bytes, value_name = "SIZE")]
-        quota: Option<u64>,
+        #[command(flatten)]
+        entry: Entry,
+        /// A peer of this name has a new identity: whoever accepts takes its place, and its relationships.
+        #[arg(long)]
+        replace: bool,
     },
     /// Become a peer of the site that printed this line; `-` reads it from standard input.
-    Accept { invite: String },
+    Accept {
+        invite: String,
+        #[command(flatten)]
+        entry: Entry,
+        /// The peer of that name has a new identity: this one takes its place, and its relationships.
+        #[arg(long)]
+        replace: bool,
+    },
     /// The peers there are.
     List,
+    /// Everything about one peer: what it may do here, and what its replicas take up.
+    Show { name: String },
+    /// Change what a peer may do at this site; what is not named stays as it is.
+    Allow {
+        name: String,
+        #[command(flatten)]
+        entry: Entry,
+    },
     /// End the trust in a peer.
     Remove { name: String },
+}
+
+/// What a peer may do at this site.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Entry {
+    /// Which VMs it may replicate to this site, by name: '*' stands for anything, '?' for one character (web-*,db-?).
+    #[arg(long, value_name = "PATTERNS")]
+    pub vms: Option<VmPatterns>,
+    /// The folder that its new replicas are made in; 'default' is the site's own.
+    #[arg(long, value_name = "DIR")]
+    pub storage: Option<PathBuf>,
+    /// How much its replicas may take up here, such as 500G or 2T; 'none' for all there is.
+    #[arg(long, value_parser = or_none(bytes), value_name = "SIZE")]
+    pub quota: Option<Change<u64>>,
+    /// How fast its logs are taken, over all its VMs, in bytes per second (500k, 2M, 1G); 'none' for as they come.
+    #[arg(long, value_parser = or_none(bytes_per_second), value_name = "RATE")]
+    pub bandwidth: Option<Change<u64>>,
+    /// Its trust group: peers of one group may take over each other's VMs; 'none' for no group.
+    #[arg(long, value_parser = or_none(group), value_name = "NAME")]
+    pub group: Option<Change<GroupName>>,
+}
+
+/// What takes an option away again.
+const NONE: &str = "none";
+
+fn or_none<T>(
+    parse: impl Fn(&str) -> Result<T, String> + Clone,
+) -> impl Fn(&str) -> Result<Change<T>, String> + Clone {
+    move |text| if text == NONE { Ok(Change::Clear) } else { parse(text).map(Change::Set) }
+}
+
+fn group(name: &str) -> Result<GroupName, String> {
+    name.parse().map_err(|error: model::NameError| error.to_string())
 }
 
 #[derive(Debug, Args)]
@@ -229,6 +278,9 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica: agent, console:TEXT, tcp:PORT or runs:30s.
     #[arg(long, value_name = "SIGN")]
     pub sign_of_life: Option<SignOfLife>,
+    /// The VM was moved here from another site of the same trust group: take its replica over, and send what differs.
+    #[arg(long)]
+    pub take_over: bool,
 }
 
 #[derive(Debug, Args)]

@@ -343,6 +343,14 @@ impl<P: Ports> Relationship<P> {
         Ok(())
     }
 
+    /// Sends no faster than a person has said here, nor than the replica's site takes it.
+    pub(crate) fn heed_bandwidth(&mut self, taken_bytes_per_s: Option<u64>) {
+        let rate = self.row.settings.bandwidth_bytes_per_s.into_iter().chain(taken_bytes_per_s).min();
+        if self.limiter.as_ref().map(RateLimiter::bytes_per_s) != rate {
+            self.limiter = rate.map(RateLimiter::new);
+        }
+    }
+
     /// The next cycle is due after this time.
     fn book(&mut self, wait: Duration) {
         self.booked_at = self.shared.now();

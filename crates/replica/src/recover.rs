@@ -49,7 +49,14 @@ impl Store {
             let vm = self.recover_vm(row, holds.remove(&id).unwrap_or_default())?;
             self.vms_mut().insert(id, vm);
         }
-        self.tidy_released_folders(&vms_folder)
+        self.tidy_released_folders(&vms_folder)?;
+        for storage in &self.inner.config.storages {
+            // It may be on a disk that is not mounted today.
+            if self.files().exists(storage)? {
+                self.tidy_released_folders(storage)?;
+            }
+        }
+        Ok(())
     }
 
     fn tidy_released_folders(&self, vms_folder: &Path) -> Result<()> {

@@ -36,6 +36,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::remove::",
     "replica::report::",
     "replica::seed::",
+    "replica::takeover::",
     "replica::withdraw::",
 ];
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{INTERVAL_DEFAULT_SECONDS, PointRef, VmId, VmName};
+use model::{INTERVAL_DEFAULT_SECONDS, PointRef, ResyncReason, VmId, VmName};
 use primary::{Monitor, ProtectRequest, Settings};
 use qemu::{Layer, Qmp, rest_layers};
 use serde_json::{Value, json};
@@ -209,7 +209,8 @@ impl Site {
             sign_of_life: None,
         };
         let request = ProtectRequest { name: vm.clone(), settings };
-        let status = self.primary.take_over(request, fence.vm, fence.generation).await?;
+        let status =
+            self.primary.take_over(request, fence.vm, fence.generation, ResyncReason::Reversed).await?;
         let what = format!("replicated the other way now, to {}", status.settings.peer);
         self.events.note(Event::new("failover-reversed", what).vm(&vm)).await;
         Ok(json!(VmView::of_primary(&status, crate::clock::now())))

@@ -8,6 +8,7 @@ use model::{PointName, PointRef, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::entry::EntryChange;
 use crate::failure::Failure;
 
 /// A command to a running site.
@@ -18,19 +19,39 @@ pub enum Request {
     PeerInvite {
         /// What the peer will be called here.
         name: VmName,
-        /// Which VMs it may replicate to this site: a pattern with `*`.
-        vms: String,
-        /// How many bytes its replicas may take up here; none for as much as there is.
+        /// What it may do here, where that is not what a new peer may.
+        #[serde(flatten)]
+        change: EntryChange,
+        /// A trusted peer of this name is to be replaced.
         #[serde(default)]
-        quota_bytes: Option<u64>,
+        replace: bool,
     },
     /// Accepts an invite of another site.
     PeerAccept {
         /// The line.
         invite: String,
+        /// What the site that has made it may do here, where that is not what a new peer may.
+        #[serde(flatten)]
+        change: EntryChange,
+        /// A trusted peer of its name is to be replaced.
+        #[serde(default)]
+        replace: bool,
     },
     /// Lists the peers.
     PeerList,
+    /// Everything about one peer.
+    PeerShow {
+        /// Its name.
+        name: String,
+    },
+    /// Changes what a peer may do here.
+    PeerAllow {
+        /// Its name.
+        name: String,
+        /// What changes.
+        #[serde(flatten)]
+        change: EntryChange,
+    },
     /// Ends the trust in a peer.
     PeerRemove {
         /// Its name.
@@ -241,6 +262,9 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica.
     #[serde(default)]
     pub sign_of_life: Option<SignOfLife>,
+    /// The VM was moved here from another site of the same trust group: its replica stays, and is compared with it.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// How a VM's QEMU is reached.

@@ -89,7 +89,8 @@ async fn open(
     let primary =
         Primary::open(catalog.clone(), primary_config(&config), primary_ports(dir, &config, peers.clone())?)?;
     let store = {
-        let (catalog, settings) = (catalog.clone(), store_config(dir, &config));
+        let settings = replica::Config { storages: peers.storages(), ..store_config(dir, &config) };
+        let catalog = catalog.clone();
         let opened = tokio::task::spawn_blocking(move || Store::open(catalog, settings)).await;
         opened.map_err(|error| Failure::new(Code::Internal, error.to_string()))?.map_err(Failure::from)?
     };
@@ -103,6 +104,8 @@ async fn open(
     let exports = Arc::new(exports);
     let shown = exports.clone();
     store.ask_who_reads_below(move |vm| shown.is_failover_read(vm));
+    let granted = peers.clone();
+    store.ask_where_replicas_go(move |peer| granted.storage(peer));
     let checks = Checks::open(dir, config.boot.clone(), checked, exports.clone(), events.clone())?;
     let trials = Trials::open(dir.join("run/tests"), exports.clone())?;
     Ok(Arc::new(Site {

@@ -28,7 +28,13 @@ impl Endpoint for Sink {
 
     async fn offer(&self, _peer: &Peer, _offer: Offer) -> Result<RelationshipStatus, Refused> {
         let (durable, durable_id) = (LogNumber::ZERO, LogId::NONE);
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, _peer: &Peer, _vm: VmId, _report: Report) -> Result<(), Refused> {

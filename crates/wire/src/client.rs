@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
-use model::{LogId, LogNumber, Timestamp, VmId};
+use model::{LogId, LogNumber, Timestamp, VmId, VmName};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_rustls::TlsConnector;
@@ -19,7 +19,7 @@ use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
     DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, Offer, RelationshipStatus, Report,
-    SiteInfo, UploadState, check_site_name, tidy,
+    SiteInfo, TakeOver, TakenOver, UploadState, check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
 use crate::tls;
@@ -154,6 +154,13 @@ impl Client {
             self.ask_json(Question::new(Method::POST, path, "hand over").json(newest)?).await?;
         handed.tidy();
         Ok(handed)
+    }
+
+    /// Becomes the primary of a VM whose replica is there, in the place of another site of the same trust group.
+    pub async fn take_over(&self, vm_name: &VmName) -> Result<TakenOver> {
+        let wanted = TakeOver { vm_name: vm_name.clone() };
+        let question = Question::new(Method::POST, "/v1/take-over".to_owned(), "take over").json(&wanted)?;
+        self.ask_json(question).await
     }
 
     /// The digests of a stretch of a disk in the replica's newest state.

@@ -8,8 +8,10 @@ use model::{LogId, LogNumber, VmId};
 
 use crate::identity::Fingerprint;
 use crate::invite::Secret;
+use crate::limiter::RateLimiter;
 use crate::messages::{
-    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, UploadState,
+    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, TakeOver,
+    TakenOver, UploadState,
 };
 
 /// Another site that this one trusts.
@@ -109,6 +111,17 @@ pub trait Endpoint: Send + Sync + 'static {
         newest: HandOver,
     ) -> impl Future<Output = Result<HandedOver, Refused>> + Send;
 
+    /// A peer to whose site a VM was moved becomes its primary in another one's place. Asked again, the answer is the
+    /// same. A site may let nobody do so.
+    fn take_over(
+        &self,
+        _peer: &Peer,
+        vm: TakeOver,
+    ) -> impl Future<Output = Result<TakenOver, Refused>> + Send {
+        let message = format!("VM {} is not given to another peer here", vm.vm_name);
+        std::future::ready(Err(Refused::forbidden("forbidden", message)))
+    }
+
     /// How much of a log is here. A log of which nothing is here yet has offset 0; one that is durable says
     /// so, for as long as it is the newest.
     fn upload_state(
@@ -132,6 +145,11 @@ pub trait Endpoint: Send + Sync + 'static {
         bytes: Bytes,
         last: bool,
     ) -> impl Future<Output = Result<UploadState, Refused>> + Send;
+
+    /// How fast the logs of a peer are read, over all its VMs; none for as fast as they come.
+    fn pace(&self, _peer: &Peer) -> Option<RateLimiter> {
+        None
+    }
 
     /// The digests of a stretch of a disk in its newest state, 16 bytes each, one after the other.
     fn digests(

@@ -14,7 +14,8 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, check_site_name, codes,
+    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, TakeOver, check_site_name,
+    codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
 
@@ -90,6 +91,13 @@ pub(crate) async fn hand_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> An
     Ok(json(StatusCode::OK, &handed))
 }
 
+/// `POST /v1/take-over`
+pub(crate) async fn take_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let wanted: TakeOver = read_json(body, &call.site.limits).await?;
+    let taken = call.site.endpoint.take_over(call.peer()?, wanted).await?;
+    Ok(json(StatusCode::OK, &taken))
+}
+
 /// `POST /v1/relationships/{vm}/digests`
 pub(crate) async fn digests<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
     let vm = call.id("vm")?;
@@ -144,7 +152,7 @@ pub(crate) async fn append<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answe
     let limits = &call.site.limits;
     let room = tokio::time::timeout(limits.segment_turn, call.site.segments.take(peer.fingerprint)).await;
     let _room = room.map_err(|_| busy("more uploads arrive than this site takes at once"))?;
-    let bytes = read_segment(body, limits).await?;
+    let bytes = read_segment(body, limits, call.site.endpoint.pace(peer)).await?;
     let _turn = call.site.locks.lock(vm).await;
     let state = call.site.endpoint.append(peer, vm, number, id, place.offset, bytes, place.last).await?;
     Ok(json(StatusCode::OK, &state))

@@ -25,7 +25,9 @@ use crate::attempts::{Attempts, Verdict};
 use crate::body::drain;
 use crate::doors::{Place, network};
 use crate::endpoint::{ClientIdentity, Endpoint, Peer, WireEvent};
-use crate::handlers::{accept_invite, append, digests, hand_over, offer, report, upload_state, withdraw};
+use crate::handlers::{
+    accept_invite, append, digests, hand_over, offer, report, take_over, upload_state, withdraw,
+};
 use crate::identity::Fingerprint;
 use crate::limits::Limits;
 use crate::locks::VmLocks;
@@ -55,6 +57,7 @@ pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
             "/v1/peers",
             post(|site: Of<E>, r| answer(site.0, "accept-invite", AnyCertificate, r, accept_invite)),
         )
+        .route("/v1/take-over", post(|site: Of<E>, r| answer(site.0, "take-over", Peers, r, take_over)))
         .route(
             "/v1/relationships/{vm}",
             put(|site: Of<E>, r| answer(site.0, "offer", Peers, r, offer))

@@ -94,7 +94,13 @@ impl Endpoint for Stub {
         let again = serde_json::to_vec(&offer).expect("an offer can be written");
         assert_eq!(serde_json::from_slice::<Offer>(&again).expect("and read"), offer);
         let (durable, durable_id) = (LogNumber::ZERO, LogId::NONE);
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, _peer: &Peer, _vm: VmId, _report: Report) -> Result<(), Refused> {

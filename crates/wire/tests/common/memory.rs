@@ -7,8 +7,8 @@ use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, Timestamp, VmId};
 use wire::{
     DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, OfferedDisk,
-    Peer, Refused, RefusedClass, RelationshipStatus, Report, SecretHash, SiteInfo, UploadState, WireEvent,
-    block_digest, codes,
+    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SecretHash, SiteInfo, UploadState,
+    WireEvent, block_digest, codes,
 };
 
 /// What happens between a log's bytes being taken and the answer.
@@ -30,6 +30,8 @@ pub struct State {
     pub appends: usize,
     /// How many bytes of logs there is room for.
     pub room: Option<usize>,
+    /// How fast segments are read.
+    pub pace: Option<RateLimiter>,
 }
 
 pub struct MemoryInvite {
@@ -199,7 +201,13 @@ impl Endpoint for MemorySite {
         }
         vm.offer = offer;
         let (durable, durable_id) = vm.head();
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
@@ -231,6 +239,10 @@ impl Endpoint for MemorySite {
         id: LogId,
     ) -> Result<UploadState, Refused> {
         Ok(self.state().vm(peer, vm)?.upload_state(id))
+    }
+
+    fn pace(&self, _peer: &Peer) -> Option<RateLimiter> {
+        self.state().pace.clone()
     }
 
     async fn append(
