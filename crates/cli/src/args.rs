@@ -49,6 +49,9 @@ pub enum Command {
     /// Sites that trust each other.
     #[command(subcommand)]
     Peer(Peer),
+    /// This site's certificate: what it is, make it anew, or use one of your own CA.
+    #[command(subcommand)]
+    Identity(Identity),
     /// Start to protect a VM: its initial replication begins.
     Protect(Protect),
     /// The relationships of this site.
@@ -200,8 +203,41 @@ pub enum Peer {
         #[command(flatten)]
         entry: Entry,
     },
-    /// End the trust in a peer.
+    /// Take back all that a peer may do here, at once; its replicas stay, and an invite brings it back.
+    Revoke { name: String },
+    /// End the trust in a peer, and forget it.
     Remove { name: String },
+}
+
+/// This site's certificate.
+#[derive(Debug, Subcommand)]
+pub enum Identity {
+    /// Which certificate this site shows, and until when it is good.
+    Show,
+    /// Make a new certificate now: over the same key, which needs nothing else, or with another one.
+    Renew {
+        /// Another key: all peers are told of it first, and know the site by it from then on.
+        #[arg(long)]
+        new_key: bool,
+        /// Even if a peer cannot be told; it has to be invited anew, with --replace.
+        #[arg(long, requires = "new_key")]
+        force: bool,
+    },
+    /// Show a certificate from your own CA, know peers by it, or both.
+    Use {
+        /// The certificate in PEM, with those between it and the CA after it.
+        #[arg(long, value_name = "FILE", requires = "key", required_unless_present = "ca")]
+        cert: Option<PathBuf>,
+        /// Its key in PEM, which only you can read.
+        #[arg(long, value_name = "FILE", requires = "cert")]
+        key: Option<PathBuf>,
+        /// The CA's certificate in PEM: it vouches for peers with a --certificate-name.
+        #[arg(long, value_name = "FILE")]
+        ca: Option<PathBuf>,
+        /// Even if a peer cannot be told; it has to be invited anew, with --replace.
+        #[arg(long, requires = "cert")]
+        force: bool,
+    },
 }
 
 /// What a peer may do at this site.
@@ -222,6 +258,10 @@ pub struct Entry {
     /// Its trust group: peers of one group may take over each other's VMs; 'none' for no group.
     #[arg(long, value_parser = or_none(group), value_name = "NAME")]
     pub group: Option<Change<GroupName>>,
+    /// Know it by any certificate that your CA has issued for this DNS name or address ('identity use --ca'), instead of
+    /// by its key; 'none' for its key again.
+    #[arg(long, value_parser = or_none(any_text), value_name = "NAME")]
+    pub certificate_name: Option<Change<String>>,
 }
 
 /// What takes an option away again.
@@ -231,6 +271,10 @@ fn or_none<T>(
     parse: impl Fn(&str) -> Result<T, String> + Clone,
 ) -> impl Fn(&str) -> Result<Change<T>, String> + Clone {
     move |text| if text == NONE { Ok(Change::Clear) } else { parse(text).map(Change::Set) }
+}
+
+fn any_text(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
 }
 
 fn group(name: &str) -> Result<GroupName, String> {

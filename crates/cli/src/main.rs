@@ -152,6 +152,7 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
 fn request(command: &Command) -> Result<Request, Failure> {
     Ok(match command {
         Command::Peer(peer) => peers::request(peer)?,
+        Command::Identity(identity) => peers::identity_request(identity)?,
         Command::Protect(protect) => Request::Protect(Box::new(wanted(protect)?)),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
         Command::Points { vm, plan } => Request::Points { vm: vm.clone(), plan: *plan },

@@ -7,7 +7,7 @@ use serde_json::Value;
 use site::{Change, Code, EntryChange, Failure, Request};
 
 use crate::absolute;
-use crate::args::{Entry, Peer};
+use crate::args::{Entry, Identity, Peer};
 use crate::show::{bytes, list, moment, table, text};
 
 /// What stands for the site's own storage folder.
@@ -27,13 +27,29 @@ pub fn request(command: &Peer) -> Result<Request, Failure> {
             let change = change(entry)?;
             if change == EntryChange::default() {
                 let message = format!(
-                    "name what {name} is to be allowed: --vms, --storage, --quota, --bandwidth or --group; 'afterimage peer show {name}' tells what it is allowed now"
+                    "name what {name} is to be allowed: --vms, --storage, --quota, --bandwidth, --group or --certificate-name; 'afterimage peer show {name}' tells what it is allowed now"
                 );
                 return Err(Failure::new(Code::Usage, message));
             }
             Request::PeerAllow { name: name.clone(), change }
         }
+        Peer::Revoke { name } => Request::PeerRevoke { name: name.clone() },
         Peer::Remove { name } => Request::PeerRemove { name: name.clone() },
+    })
+}
+
+pub fn identity_request(command: &Identity) -> Result<Request, Failure> {
+    Ok(match command {
+        Identity::Show => Request::Identity,
+        Identity::Renew { new_key, force } => Request::IdentityRenew { new_key: *new_key, force: *force },
+        Identity::Use { cert, key, ca, force } => Request::IdentityUse {
+            pair: match (cert, key) {
+                (Some(cert), Some(key)) => Some((absolute(cert)?, absolute(key)?)),
+                _ => None,
+            },
+            ca: ca.as_deref().map(absolute).transpose()?,
+            force: *force,
+        },
     })
 }
 
@@ -49,6 +65,7 @@ fn change(entry: &Entry) -> Result<EntryChange, Failure> {
         quota_bytes: entry.quota.unwrap_or_default(),
         bandwidth_bytes_per_s: entry.bandwidth.unwrap_or_default(),
         group: entry.group.clone().unwrap_or_default(),
+        certificate_name: entry.certificate_name.clone().unwrap_or_default(),
     })
 }
 
@@ -74,7 +91,13 @@ pub fn shown(request: &Request, answer: &Value) -> String {
             )
         }
         Request::PeerAccept { .. } => format!("{} and this site are peers now.", text(&answer["name"])),
-        Request::PeerList => all(list(&answer["peers"])),
+        Request::PeerList => all(list(&answer["peers"])) + &warnings(answer),
+        Request::Identity | Request::IdentityRenew { .. } | Request::IdentityUse { .. } => identity(answer),
+        Request::PeerRevoke { name } => format!(
+            "{name} is revoked: nothing of it is taken, and nothing is sent to it. Its replicas here ({}) stay.\n\
+             'afterimage peer invite {name}' brings it back, and 'afterimage peer remove {name}' forgets it.",
+            names(&answer["replicas"])
+        ),
         Request::PeerShow { .. } => one(answer),
         Request::PeerAllow { change, .. } => {
             let mut shown = one(answer);
@@ -110,6 +133,28 @@ fn all(peers: &[Value]) -> String {
         return "No peers; 'afterimage peer invite NAME' makes one.".into();
     }
     table(&["PEER", "ADDRESS", "MAY SEND", "QUOTA", "GROUP", "SINCE", "FINGERPRINT"], &rows)
+}
+
+/// What is to be said of certificates, if anything.
+pub fn warnings(answer: &Value) -> String {
+    let lines =
+        list(&answer["warnings"]).iter().map(|warning| format!("\nWarning: {}", text(&warning["message"])));
+    lines.collect()
+}
+
+fn identity(answer: &Value) -> String {
+    let mut shown = format!(
+        "  fingerprint  {}\n  key          {}\n  issued by    {}\n  good until   {}\n",
+        text(&answer["fingerprint"]),
+        text(&answer["key"]),
+        text(&answer["issued_by"]),
+        moment(&answer["expires_at"]),
+    );
+    for peer in list(&answer["missed"]) {
+        let peer = text(peer);
+        let _ = writeln!(shown, "{peer} does not know it: run 'afterimage peer invite {peer} --replace'");
+    }
+    shown
 }
 
 fn may_send(peer: &Value) -> String {
@@ -149,6 +194,16 @@ fn one(peer: &Value) -> String {
     line("replicas", format!("{}; they take up {}", names(&peer["replicas"]), bytes(&peer["used_bytes"])));
     line("protected", format!("{} (replicated there from here)", names(&peer["protected"])));
     line("fingerprint", text(&peer["fingerprint"]).to_owned());
+    line("certificate", format!("good until {}", moment(&peer["expires_at"])));
+    let known_by = match (peer["certificate_name"].as_str(), peer["key"].as_str()) {
+        (Some(name), _) => format!("a certificate of our CA for {name}"),
+        (None, Some(key)) => format!("its key {key}"),
+        (None, None) => "this certificate alone; its key is learnt with the next connection".to_owned(),
+    };
+    line("known by", known_by);
+    if let Some(next) = peer["next_key"].as_str() {
+        line("next key", format!("{next}, announced and not yet shown"));
+    }
     shown
 }
 

@@ -44,6 +44,10 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         | Request::PeerList
         | Request::PeerShow { .. }
         | Request::PeerAllow { .. }
+        | Request::PeerRevoke { .. }
+        | Request::Identity
+        | Request::IdentityRenew { .. }
+        | Request::IdentityUse { .. }
         | Request::PeerRemove { .. } => peers::shown(request, answer),
         Request::Protect(protect) => {
             format!("{} is protected now.\n\n{}", protect.vm, relationships(std::slice::from_ref(answer)))
@@ -51,13 +55,14 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Status { vm } => {
             let vms = list(&answer["vms"]);
             if vms.is_empty() {
-                return "No VM is protected here, and there is no replica.".into();
+                return "No VM is protected here, and there is no replica.\n".to_owned()
+                    + &peers::warnings(answer);
             }
             let mut shown = relationships(vms);
             for vm in vms.iter().filter(|entry| vm.is_some() || noteworthy(entry)) {
                 let _ = write!(shown, "\n{}", details(vm));
             }
-            shown
+            shown + &peers::warnings(answer)
         }
         Request::Pause { .. } | Request::Resume { .. } | Request::Resync { .. } | Request::Sync { .. } => {
             relationships(std::slice::from_ref(answer))

@@ -167,7 +167,20 @@ fn a_vm_that_was_moved_is_taken_over_within_its_trust_group_and_by_nobody_else()
     world.branch.stop();
 
     let (qmp, nbd) = (world.daemon.qmp(), world.daemon.nbd());
-    let protect = ["protect", VM, "--qmp", path(&qmp), "--nbd", path(&nbd), "--to", "head", "--every", "1s", "--points", "3"];
+    let protect = [
+        "protect",
+        VM,
+        "--qmp",
+        path(&qmp),
+        "--nbd",
+        path(&nbd),
+        "--to",
+        "head",
+        "--every",
+        "1s",
+        "--points",
+        "3",
+    ];
     let take_over = [&protect[..], &["--take-over"]].concat();
     let refused = |arguments: &[&str]| {
         let output = depot.run(arguments).unwrap();

@@ -19,6 +19,7 @@ mod base;
 pub mod bitmaps;
 mod consistency;
 mod cycle;
+mod expiry;
 pub mod gate;
 mod health;
 mod ids;
@@ -33,6 +34,7 @@ pub use backoff::CycleBackoff;
 pub use base::BaseState;
 pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, choose_point};
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
+pub use expiry::{EXPIRY_WARNING, Expiry, expiry};
 pub use health::{Assessment, Health, HealthInput, HealthThresholds, Lately, assess};
 pub use ids::{DiskName, GroupName, IdError, LogId, LogNumber, NameError, PointName, VmId, VmName};
 pub use measure::{

@@ -364,6 +364,11 @@ fn link_failure(error: &wire::Error) -> Failure {
             Failure::lasting(FailureCode::Certificate, message)
         }
         wire::ErrorKind::Unauthorized => Failure::lasting(FailureCode::Certificate, message),
+        // Of these two either people get new ones, by and by.
+        wire::ErrorKind::CertificateNotToday => Failure::transient(FailureCode::Certificate, message),
+        wire::ErrorKind::Forbidden if error.has_code(wire::codes::CERTIFICATE_NOT_TODAY) => {
+            Failure::transient(FailureCode::Certificate, message)
+        }
         wire::ErrorKind::Forbidden => Failure::lasting(FailureCode::NotAuthorized, message),
         wire::ErrorKind::Refused => {
             Failure { code: FailureCode::ReplicaRefused, message, transient: error.transient() }

@@ -387,7 +387,7 @@ impl<P: Ports> Relationship<P> {
         self.shared.ports.remote(peer).ok_or_else(|| {
             Failure::lasting(
                 FailureCode::UnknownPeer,
-                format!("the peer {peer} of VM {} is not known; accept an invite of it, then run 'afterimage resume'", self.row.name),
+                format!("the peer {peer} of VM {} is not known here, or was revoked; invite it again or accept an invite of it, then run 'afterimage resume'", self.row.name),
             )
         })
     }

@@ -162,5 +162,5 @@ pub(crate) fn revoked(site: &str, peer: &str) -> Refused {
     let message = format!(
         "site {site} has revoked {peer}: nothing of it is taken. What was replicated stays; 'afterimage peer invite {peer}' there and 'afterimage peer accept' here bring it back"
     );
-    Refused::forbidden("revoked", message)
+    Refused::forbidden(wire::codes::REVOKED, message)
 }

@@ -18,6 +18,7 @@ use crate::control::{Commands, Reporter};
 use crate::events::{Event, Events};
 use crate::exports::Exports;
 use crate::failure::{Code, Failure};
+use crate::identity::CertificateWarning;
 use crate::jobs::Jobs;
 use crate::measurements;
 use crate::peers::{Peers, no_such_peer};
@@ -29,6 +30,7 @@ use crate::turn::Turns;
 
 /// The parts of a running site.
 pub(crate) struct Site {
+    pub dir: PathBuf,
     pub config: Arc<Config>,
     pub peers: Arc<Peers>,
     pub events: Events,
@@ -46,12 +48,17 @@ impl Commands for Site {
         match request {
             Request::PeerInvite { name, change, replace } => self.invite(&name, change, replace).await,
             Request::PeerAccept { invite, change, replace } => self.accept(&invite, change, replace).await,
-            Request::PeerList => Ok(json!({ "peers": self.peers.list() })),
+            Request::PeerList => self.list_peers().await,
             Request::PeerShow { name } => self.show_peer(&name).await,
             Request::PeerAllow { name, change } => self.allow(&name, change).await,
+            Request::PeerRevoke { name } => self.revoke_peer(&name).await,
+            Request::Identity => Ok(self.identity_shown()),
+            Request::IdentityRenew { new_key: false, .. } => self.renew().await,
+            Request::IdentityRenew { new_key: true, force } => self.new_key(force).await,
+            Request::IdentityUse { pair, ca, force } => self.use_certificate(pair, ca, force).await,
             Request::PeerRemove { name } => self.remove_peer(&name).await,
             Request::Protect(protect) => self.protect(*protect).await,
-            Request::Status { vm } => self.status(vm.as_ref()),
+            Request::Status { vm } => self.status(vm.as_ref()).await,
             Request::Points { vm, plan: false } => points::shown(&self.store, self.replica(&vm)?),
             Request::Points { vm, plan: true } => points::plan(&self.store, self.replica(&vm)?),
             Request::Pin { vm, point, name } => self.pin(&vm, point, name).await,
@@ -147,8 +154,10 @@ impl Site {
         }
     }
 
-    fn status(&self, only: Option<&VmName>) -> Result<Value, Failure> {
+    async fn status(&self, only: Option<&VmName>) -> Result<Value, Failure> {
+        self.take_up_news().await;
         let now = now();
+        let warnings = self.certificate_warnings();
         let mut vms: Vec<VmView> =
             self.primary.status().iter().map(|status| VmView::of_primary(status, now)).collect();
         for vm in self.store.list() {
@@ -163,8 +172,15 @@ impl Site {
                 return Err(no_such_vm(name));
             }
         }
+        for vm in &mut vms {
+            let concerns =
+                |warning: &&CertificateWarning| warning.peer.as_ref().is_none_or(|peer| *peer == vm.peer);
+            if let Some(warning) = warnings.iter().find(concerns) {
+                vm.warn(&warning.message);
+            }
+        }
         vms.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(json!({ "vms": vms }))
+        Ok(json!({ "vms": vms, "warnings": warnings }))
     }
 
     async fn pin(&self, vm: &VmName, point: PointRef, name: Option<PointName>) -> Result<Value, Failure> {

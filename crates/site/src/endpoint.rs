@@ -8,15 +8,18 @@ use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, Peer,
-    RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
+    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, Newcomer, NextKey, Offer,
+    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
     UploadState, WireEvent, codes,
 };
 
-use crate::authority::Authority;
+use crate::authority::{Authority, revoked};
 use crate::commands::Site;
 use crate::events::{Event, Events};
-use crate::peers::Peers;
+use crate::peers::{Peers, Recognized};
+
+/// When a peer may ask again whose certificate is not good today.
+const NOT_TODAY_RETRY_S: u64 = 300;
 
 /// What peers talk to.
 pub(crate) struct SiteEndpoint {
@@ -94,14 +97,34 @@ fn offered(offer: Offer) -> replica::Offer {
 }
 
 impl Endpoint for SiteEndpoint {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        let row = self.peers.by_fingerprint(&fingerprint)?;
-        Some(Peer { name: row.name, fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        match self.peers.recognize(who) {
+            Recognized::Nobody => Ok(None),
+            Recognized::Revoked(row) => Err(revoked(&self.name, &row.name)),
+            Recognized::NotToday(row, why) => {
+                let message = format!("site {} does not take {} for itself: {why}", self.name, row.name);
+                Err(Refused::forbidden(codes::CERTIFICATE_NOT_TODAY, message).retry_after(NOT_TODAY_RETRY_S))
+            }
+            Recognized::Peer(row, is_news) => {
+                if let (true, Some(shown)) = (is_news, &who.shown) {
+                    self.site.learn(&row, shown).await;
+                }
+                Ok(Some(Peer { name: row.name, fingerprint: row.fingerprint }))
+            }
+        }
+    }
+
+    async fn announce(&self, peer: &Peer, next: NextKey) -> Result<(), Refused> {
+        let remembered = self.peers.announced(&peer.name, next.key).await;
+        remembered.map_err(|failure| Refused::new(RefusedClass::Internal, "internal", failure.message))?;
+        let what = format!("{} will have another key: {}", peer.name, next.key);
+        self.events.note(Event::new("peer-key-announced", what).peer(&peer.name)).await;
+        Ok(())
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
-        let Newcomer { secret, address, fingerprint, .. } = newcomer;
-        let admitted = self.peers.admit(secret.hash(), fingerprint, address).await;
+        let Newcomer { secret, address, fingerprint, shown, .. } = newcomer;
+        let admitted = self.peers.admit(secret.hash(), fingerprint, shown.as_deref(), address).await;
         admitted.map_err(|failure| Refused::forbidden(codes::BAD_INVITE, failure.message))?;
         Ok(SiteInfo { name: self.name.clone(), version: env!("CARGO_PKG_VERSION").to_owned() })
     }

@@ -22,6 +22,7 @@ mod events;
 mod exports;
 mod failover;
 mod failure;
+mod identity;
 mod init;
 mod jobs;
 mod measurements;

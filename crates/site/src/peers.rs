@@ -2,18 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
-use model::VmName;
 use model::authorization::Entry;
+use model::{Timestamp, VmName};
 use steps::durable_step;
-use wire::{Client, Fingerprint, Identity, Invite, RateLimiter, Secret, SecretHash};
+use wire::{
+    Ca, Client, ClientIdentity, Distrust, Fingerprint, Identity, Invite, KeyId, RateLimiter, Secret,
+    SecretHash, Shown,
+};
 
 use crate::clock::now;
 use crate::entry::{ALL_PEERS, ENTRY, EntryChange, PeerRow, TABLES, read_entry, read_peer, text};
 use crate::failure::{Code, Failure};
+
+/// So long connections that were open go on with a key that their peer has given up.
+const FORMER_KEY_TIME: Duration = Duration::from_secs(10 * 60);
 
 /// How long an invite is good for.
 pub const INVITE_TIME: Duration = Duration::from_secs(15 * 60);
@@ -22,6 +28,8 @@ pub const INVITE_TIME: Duration = Duration::from_secs(15 * 60);
 pub struct Peers {
     catalog: Catalog,
     identity: Identity,
+    /// The CA that decides for the entries with a certificate name.
+    ca: RwLock<Option<Ca>>,
     known: Mutex<BTreeMap<String, Known>>,
 }
 
@@ -30,18 +38,33 @@ struct Known {
     client: Arc<Client>,
     /// What all its uploads share.
     limiter: Option<RateLimiter>,
+    /// The key that it has just given up, and until when connections that are open go on with it.
+    former: Option<(KeyId, Instant)>,
+}
+
+/// Who somebody is that has shown a certificate.
+pub(crate) enum Recognized {
+    /// A peer, and whether the certificate tells something new of it.
+    Peer(PeerRow, bool),
+    /// One whose rights were taken back.
+    Revoked(PeerRow),
+    /// One by its name, whose certificate is not good today.
+    NotToday(PeerRow, Distrust),
+    /// Nobody that is known.
+    Nobody,
 }
 
 impl Peers {
     /// Reads them.
-    pub fn open(catalog: Catalog, identity: Identity) -> Result<Self, Failure> {
+    pub fn open(catalog: Catalog, identity: Identity, ca: Option<Ca>) -> Result<Self, Failure> {
         catalog.migrate("peers", TABLES)?;
         let rows = catalog.read(|c| {
             c.prepare(ALL_PEERS)?.query_map([], read_peer)?.collect::<rusqlite::Result<Vec<_>>>()
         })?;
-        let known = rows.into_iter().map(|row| Ok((row.name.clone(), Known::new(row, &identity)?)));
+        let known =
+            rows.into_iter().map(|row| Ok((row.name.clone(), Known::new(row, &identity, ca.clone())?)));
         let known = known.collect::<Result<_, Failure>>()?;
-        Ok(Self { catalog, identity, known: Mutex::new(known) })
+        Ok(Self { catalog, identity, ca: RwLock::new(ca), known: Mutex::new(known) })
     }
 
     /// All of them, by name.
@@ -49,12 +72,81 @@ impl Peers {
         self.lock().values().map(|known| known.row.clone()).collect()
     }
 
-    /// The peer with this certificate.
-    pub fn by_fingerprint(&self, fingerprint: &Fingerprint) -> Option<PeerRow> {
-        self.lock()
-            .values()
-            .find(|known| known.row.fingerprint == *fingerprint)
-            .map(|known| known.row.clone())
+    /// Who somebody is, by what was shown on the connection.
+    pub(crate) fn recognize(&self, who: &ClientIdentity) -> Recognized {
+        let (ca, now) = (self.ca(), now());
+        let mut found = Recognized::Nobody;
+        for known in self.lock().values() {
+            match known.check(who, ca.as_ref(), now) {
+                Ok(_) if !known.row.is_trusted() => return Recognized::Revoked(known.row.clone()),
+                Ok(is_news) => return Recognized::Peer(known.row.clone(), is_news),
+                Err(why @ Distrust::NotToday { .. }) => found = Recognized::NotToday(known.row.clone(), why),
+                Err(_) => {}
+            }
+        }
+        found
+    }
+
+    /// Remembers the certificate that a peer has shown.
+    pub(crate) async fn learn(&self, name: &str, shown: &Shown) -> Result<(), Failure> {
+        let Some(before) = self.get(name).filter(|row| row.is_news(shown)) else { return Ok(()) };
+        let former = before.key.filter(|key| *key != shown.key);
+        self.rewrite(before.having_shown(shown)).await?;
+        if let (Some(key), Some(known)) = (former, self.lock().get_mut(name)) {
+            known.former = Some((key, Instant::now() + FORMER_KEY_TIME));
+        }
+        Ok(())
+    }
+
+    /// The certificates that peers have shown to us and that tell something new.
+    pub(crate) fn news(&self) -> Vec<(PeerRow, Shown)> {
+        let seen = |known: &Known| Some((known.row.clone(), known.client.seen()?));
+        let all: Vec<_> = self.lock().values().filter_map(seen).collect();
+        all.into_iter().filter(|(row, shown)| row.is_news(shown)).collect()
+    }
+
+    /// Remembers the key that a peer will have next.
+    pub(crate) async fn announced(&self, name: &str, next: KeyId) -> Result<(), Failure> {
+        match self.get(name) {
+            Some(row) if row.key != Some(next) && row.next_key != Some(next) => {
+                self.rewrite(PeerRow { next_key: Some(next), ..row }).await.map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes back all that a peer may do here. Its entry stays, and so does what it has replicated.
+    pub async fn revoke(&self, name: &str) -> Result<PeerRow, Failure> {
+        let row = self.get(name).ok_or_else(|| no_such_peer(name))?;
+        let revoked_at = row.revoked_at.or_else(|| Some(now()));
+        self.rewrite(PeerRow { revoked_at, ..row }).await
+    }
+
+    /// The peers that are trusted, and the ways to them.
+    pub(crate) fn trusted(&self) -> Vec<(String, Arc<Client>)> {
+        let peers = self.lock();
+        let trusted = peers.values().filter(|known| known.row.is_trusted());
+        trusted.map(|known| (known.row.name.clone(), known.client.clone())).collect()
+    }
+
+    /// The CA of this site's people.
+    pub(crate) fn ca(&self) -> Option<Ca> {
+        self.ca.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has the CA, or another one, decide from now on.
+    pub(crate) fn set_ca(&self, ca: Ca) -> Result<(), Failure> {
+        *self.ca.write().unwrap_or_else(PoisonError::into_inner) = Some(ca);
+        self.connect_anew()
+    }
+
+    /// Gives up the connections that are open and idle: new ones show what is true now.
+    pub(crate) fn connect_anew(&self) -> Result<(), Failure> {
+        let ca = self.ca();
+        for known in self.lock().values_mut() {
+            known.client = client(&known.row, &self.identity, ca.clone())?;
+        }
+        Ok(())
     }
 
     /// This site's identity.
@@ -119,8 +211,10 @@ impl Peers {
         &self,
         secret: SecretHash,
         fingerprint: Fingerprint,
+        shown: Option<&Shown>,
         address: String,
     ) -> Result<PeerRow, Failure> {
+        let shown = shown.cloned();
         let unknown = || {
             Failure::new(
                 Code::Invite,
@@ -145,10 +239,14 @@ impl Peers {
                     )
                     .optional()?;
                 tx.execute("DELETE FROM invites WHERE secret_hash = ?1", [&hash])?;
-                let since = now();
                 match invite {
-                    Some((name, expires_at, entry)) if expires_at >= since.0 => {
-                        let row = PeerRow { name, address, fingerprint, entry, since, revoked_at: None };
+                    Some((name, expires_at, entry)) if expires_at >= now().0 => {
+                        let before = "SELECT certificate_name FROM peers WHERE name = ?1";
+                        let certificate_name =
+                            tx.query_row(before, [&name], |row| row.get(0)).optional()?.flatten();
+                        let row = PeerRow::new(name, address, fingerprint, entry);
+                        let row = PeerRow { certificate_name, ..row };
+                        let row = shown.iter().fold(row, PeerRow::having_shown);
                         row.put(tx)?;
                         Ok(Some(row))
                     }
@@ -167,12 +265,15 @@ impl Peers {
         &self,
         name: String,
         address: String,
-        fingerprint: Fingerprint,
+        (fingerprint, shown): (Fingerprint, Option<Shown>),
         change: EntryChange,
         replace: bool,
     ) -> Result<PeerRow, Failure> {
         let before = self.get(&name);
-        let is_other = |peer: &PeerRow| peer.fingerprint != fingerprint && peer.is_trusted();
+        let key = shown.as_ref().map(|shown| shown.key);
+        let is_other = |peer: &PeerRow| {
+            peer.fingerprint != fingerprint && (peer.key.is_none() || peer.key != key) && peer.is_trusted()
+        };
         if !replace && before.as_ref().is_some_and(is_other) {
             return Err(Failure::new(
                 Code::Exists,
@@ -181,8 +282,11 @@ impl Peers {
                 ),
             ));
         }
+        let certificate_name =
+            change.certificate_name(before.as_ref().and_then(|peer| peer.certificate_name.clone()))?;
         let entry = change.apply(before.map_or_else(Entry::default, |peer| peer.entry))?;
-        let row = PeerRow { name, address, fingerprint, entry, since: now(), revoked_at: None };
+        let row = PeerRow { certificate_name, ..PeerRow::new(name, address, fingerprint, entry) };
+        let row = shown.iter().fold(row, PeerRow::having_shown);
         let written = row.clone();
         durable_step("site::peer::adding");
         self.catalog.change(move |tx| written.put(tx)).await?;
@@ -194,11 +298,12 @@ impl Peers {
     /// Changes what a peer may do here, from its next request on.
     pub async fn allow(&self, name: &str, change: EntryChange) -> Result<PeerRow, Failure> {
         let before = self.get(name).ok_or_else(|| no_such_peer(name))?;
-        let row = PeerRow { entry: change.apply(before.entry.clone())?, ..before };
-        self.replace(row).await
+        let certificate_name = change.certificate_name(before.certificate_name.clone())?;
+        let entry = change.apply(before.entry.clone())?;
+        self.rewrite(PeerRow { entry, certificate_name, ..before }).await
     }
 
-    async fn replace(&self, row: PeerRow) -> Result<PeerRow, Failure> {
+    async fn rewrite(&self, row: PeerRow) -> Result<PeerRow, Failure> {
         let written = row.clone();
         durable_step("site::peer::changing");
         self.catalog.change(move |tx| written.put(tx)).await?;
@@ -235,9 +340,12 @@ impl Peers {
     }
 
     fn keep(&self, row: PeerRow) -> Result<(), Failure> {
-        let known = Known::new(row, &self.identity)?;
+        let known = Known::new(row, &self.identity, self.ca())?;
         let mut all = self.lock();
-        all.retain(|_, other| other.row.fingerprint != known.row.fingerprint);
+        let is_it = |other: &PeerRow| {
+            other.fingerprint == known.row.fingerprint || (other.key.is_some() && other.key == known.row.key)
+        };
+        all.retain(|_, other| !is_it(&other.row));
         all.insert(known.row.name.clone(), known);
         Ok(())
     }
@@ -248,17 +356,38 @@ impl Peers {
 }
 
 impl Known {
-    fn new(row: PeerRow, identity: &Identity) -> Result<Self, Failure> {
-        let client = Client::new(identity, row.address.as_str(), row.fingerprint);
-        let client = client.map_err(|error| Failure::new(Code::Peer, error.to_string()))?;
+    fn new(row: PeerRow, identity: &Identity, ca: Option<Ca>) -> Result<Self, Failure> {
+        let client = client(&row, identity, ca)?;
         let limiter = row.entry.bandwidth_bytes_per_s.map(RateLimiter::new);
-        Ok(Self { row, client: Arc::new(client), limiter })
+        Ok(Self { row, client, limiter, former: None })
+    }
+
+    /// Whether it is this one, and whether the certificate tells something new of it.
+    fn check(&self, who: &ClientIdentity, ca: Option<&Ca>, now: Timestamp) -> Result<bool, Distrust> {
+        let Some(shown) = who.shown.as_deref() else {
+            // It cannot be read; it can be the one that was pinned all the same.
+            let shown = who.fingerprint.unwrap_or(Fingerprint::from_bytes([0; 32]));
+            let is_pinned = self.row.certificate_name.is_none() && shown == self.row.fingerprint;
+            let other = Distrust::Other { shown, pinned: self.row.fingerprint };
+            return is_pinned.then_some(false).ok_or(other);
+        };
+        let is_former = |(key, until): (KeyId, Instant)| key == shown.key && Instant::now() < until;
+        if self.row.certificate_name.is_none() && self.former.is_some_and(is_former) {
+            return Ok(false);
+        }
+        self.row.pin().check(shown, ca, now).map(|()| self.row.is_news(shown))
     }
 }
 
+fn client(row: &PeerRow, identity: &Identity, ca: Option<Ca>) -> Result<Arc<Client>, Failure> {
+    let client = Client::knowing(identity, row.address.as_str(), row.pin(), ca);
+    client.map(Arc::new).map_err(|error| Failure::new(Code::Peer, error.to_string()))
+}
+
 impl primary::PeerClients for Peers {
+    /// None for one that was revoked, either.
     fn client(&self, peer: &str) -> Option<Arc<Client>> {
-        self.lock().get(peer).map(|known| known.client.clone())
+        self.lock().get(peer).filter(|known| known.row.is_trusted()).map(|known| known.client.clone())
     }
 }
 
@@ -282,7 +411,7 @@ mod tests {
             let folder = dir.path().join(name);
             std::fs::create_dir_all(&folder).unwrap();
             let identity = Identity::create(&folder, name).unwrap();
-            Peers::open(Catalog::open(folder.join("catalog.sqlite")).unwrap(), identity).unwrap()
+            Peers::open(Catalog::open(folder.join("catalog.sqlite")).unwrap(), identity, None).unwrap()
         };
         let (inviter, guest) = (open("head"), open("branch"));
         let name: VmName = "branch".parse().unwrap();
@@ -293,16 +422,29 @@ mod tests {
         };
         let invite = inviter.invite(&name, change, false, "h:1".into()).await.unwrap();
         let fingerprint = guest.identity.fingerprint();
-        let admit = || inviter.admit(invite.secret.hash(), fingerprint, "b:1".into());
+        let admit = || inviter.admit(invite.secret.hash(), fingerprint, None, "b:1".into());
         let row = admit().await.unwrap();
         assert_eq!((row.name.as_str(), row.entry.quota_bytes), ("branch", Some(7 << 20)));
         assert!(row.entry.vms.fits("web-1") && !row.entry.vms.fits("db"));
         assert_eq!(admit().await.unwrap_err().code, Code::Invite);
-        assert_eq!(inviter.by_fingerprint(&fingerprint), Some(row.clone()));
+        let recognized = || {
+            let who = ClientIdentity {
+                remote: "127.0.0.1:1".parse().unwrap(),
+                fingerprint: Some(fingerprint),
+                shown: Some(guest.identity.shown()),
+            };
+            inviter.recognize(&who)
+        };
+        assert!(matches!(recognized(), Recognized::Peer(peer, true) if peer == row));
+        inviter.learn("branch", &guest.identity.shown()).await.unwrap();
+        assert!(matches!(recognized(), Recognized::Peer(peer, false) if peer.key.is_some()));
         let again = inviter.invite(&name, EntryChange::default(), false, "h:1".into()).await;
         assert_eq!(again.unwrap_err().code, Code::Exists);
+        inviter.revoke("branch").await.unwrap();
+        assert!(matches!(recognized(), Recognized::Revoked(_)));
+        inviter.invite(&name, EntryChange::default(), false, "h:1".into()).await.unwrap();
         inviter.remove("branch").await.unwrap();
-        assert_eq!(inviter.by_fingerprint(&fingerprint), None);
+        assert!(matches!(recognized(), Recognized::Nobody));
         assert_eq!(inviter.remove("branch").await.unwrap_err().code, Code::NoSuchPeer);
     }
 }

@@ -52,6 +52,29 @@ pub enum Request {
         #[serde(flatten)]
         change: EntryChange,
     },
+    /// Takes back all that a peer may do here; its entry and its replicas stay.
+    PeerRevoke {
+        /// Its name.
+        name: String,
+    },
+    /// Everything about this site's certificate.
+    Identity,
+    /// Makes a new certificate for this site.
+    IdentityRenew {
+        /// For another key, which the peers are told of first.
+        new_key: bool,
+        /// Whoever cannot be told is left to be invited anew.
+        force: bool,
+    },
+    /// Has this site show a certificate that people have, or trust their CA.
+    IdentityUse {
+        /// The certificate, those between it and the CA after it, and its key.
+        pair: Option<(PathBuf, PathBuf)>,
+        /// The CA.
+        ca: Option<PathBuf>,
+        /// Whoever cannot be told is left to be invited anew.
+        force: bool,
+    },
     /// Ends the trust in a peer.
     PeerRemove {
         /// Its name.

@@ -7,6 +7,7 @@ use wire::Invite;
 use crate::clock::rfc3339;
 use crate::commands::Site;
 use crate::entry::EntryChange;
+use crate::events::Event;
 use crate::failure::{Code, Failure};
 use crate::peers::no_such_peer;
 use crate::usage::used_bytes;
@@ -34,12 +35,13 @@ impl Site {
         let accepted =
             wire::Client::accept_invite(self.peers.identity(), &invite, &self.config.name, &own_address)
                 .await;
-        let site = accepted.map_err(|error| match error.kind() {
+        let accepted = accepted.map_err(|error| match error.kind() {
             wire::ErrorKind::Invite | wire::ErrorKind::Forbidden => unusable(&error),
             _ => Failure { transient: error.transient(), ..Failure::new(Code::Peer, error.to_string()) },
         })?;
-        let (address, fingerprint) = (invite.address.clone(), invite.fingerprint);
-        let peer = self.peers.add(site.name, address, fingerprint, change, replace).await?;
+        let certificate = (invite.fingerprint, accepted.shown);
+        let peer =
+            self.peers.add(accepted.site.name, invite.address.clone(), certificate, change, replace).await?;
         self.take_up_again(&peer.name).await;
         Ok(json!({ "name": peer.name, "address": peer.address, "fingerprint": peer.fingerprint }))
     }
@@ -65,12 +67,30 @@ impl Site {
         Ok(json!({ "removed": name, "vms_without_peer": self.protected_at(name) }))
     }
 
+    pub(crate) async fn revoke_peer(&self, name: &str) -> Result<Value, Failure> {
+        let row = self.peers.revoke(name).await?;
+        let what = format!("{name} was revoked: nothing of it is taken, and nothing is sent to it");
+        self.events.note(Event::new("peer-revoked", what).peer(name)).await;
+        let replicas: Vec<VmName> =
+            self.store.of_peer(name).into_iter().filter_map(|vm| self.store.name(vm)).collect();
+        Ok(json!({
+            "revoked": name, "revoked_at": row.revoked_at.map(rfc3339), "replicas": replicas,
+            "protected": self.protected_at(name),
+        }))
+    }
+
+    pub(crate) async fn list_peers(&self) -> Result<Value, Failure> {
+        self.take_up_news().await;
+        Ok(json!({ "peers": self.peers.list(), "warnings": self.certificate_warnings() }))
+    }
+
     pub(crate) async fn allow(&self, name: &str, change: EntryChange) -> Result<Value, Failure> {
         self.peers.allow(name, change).await?;
         self.show_peer(name).await
     }
 
     pub(crate) async fn show_peer(&self, name: &str) -> Result<Value, Failure> {
+        self.take_up_news().await;
         let row = self.peers.get(name).ok_or_else(|| no_such_peer(name))?;
         let peer = row.name.clone();
         let (used, mut replicas) = self

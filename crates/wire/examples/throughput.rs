@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, VmId};
 use wire::{
-    Client, DigestRequest, Endpoint, Fingerprint, Identity, Newcomer, Offer, Peer, RateLimiter, Refused,
+    Client, ClientIdentity, DigestRequest, Endpoint, Identity, Newcomer, Offer, Peer, RateLimiter, Refused,
     RelationshipStatus, Report, SiteInfo, UploadState, Uploader, WireEvent,
 };
 
@@ -18,8 +18,8 @@ const WRITE_BYTES: usize = 256 * 1024;
 struct Sink;
 
 impl Endpoint for Sink {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        Some(Peer { name: "source".to_owned(), fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        Ok(who.fingerprint.map(|fingerprint| Peer { name: "source".to_owned(), fingerprint }))
     }
 
     async fn accept_invite(&self, _newcomer: Newcomer) -> Result<SiteInfo, Refused> {

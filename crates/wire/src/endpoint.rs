@@ -2,16 +2,18 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use model::{LogId, LogNumber, VmId};
 
+use crate::certificate::Shown;
 use crate::identity::Fingerprint;
 use crate::invite::Secret;
 use crate::limiter::RateLimiter;
 use crate::messages::{
-    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, TakeOver,
-    TakenOver, UploadState,
+    DigestRequest, HandOver, HandedOver, NextKey, Offer, Refused, RelationshipStatus, Report, SiteInfo,
+    TakeOver, TakenOver, UploadState,
 };
 
 /// Another site that this one trusts.
@@ -24,12 +26,14 @@ pub struct Peer {
 }
 
 /// Who is at the other end of a connection. [`crate::serve`] puts it into the extensions of each request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientIdentity {
     /// Its address.
     pub remote: SocketAddr,
     /// The certificate that it showed, if it did. It holds that certificate's key.
     pub fingerprint: Option<Fingerprint>,
+    /// What that certificate says, as far as it can be read.
+    pub shown: Option<Arc<Shown>>,
 }
 
 /// A site that brings an invite.
@@ -43,6 +47,8 @@ pub struct Newcomer {
     pub address: String,
     /// Its certificate.
     pub fingerprint: Fingerprint,
+    /// What that says, as far as it can be read.
+    pub shown: Option<Arc<Shown>>,
     /// Where it really called from.
     pub remote: SocketAddr,
 }
@@ -79,11 +85,20 @@ pub struct WireEvent {
 ///
 /// What it must do itself: decide whether that peer may do that to that VM.
 pub trait Endpoint: Send + Sync + 'static {
-    /// The peer with this certificate. Asked for every request, so that removing a peer works at once.
-    fn find_peer(&self, fingerprint: Fingerprint) -> impl Future<Output = Option<Peer>> + Send;
+    /// The peer that somebody with a certificate is, if it is one. Asked for every request, so that removing a peer works
+    /// at once. One that is known and turned away, whatever it asks, is told why.
+    fn find_peer(&self, who: &ClientIdentity) -> impl Future<Output = Result<Option<Peer>, Refused>> + Send;
 
     /// A site brings an invite: checks secret and expiry, uses the invite up and remembers the peer.
     fn accept_invite(&self, newcomer: Newcomer) -> impl Future<Output = Result<SiteInfo, Refused>> + Send;
+
+    /// A peer tells which key it will have next: it is the same peer with that key, until it has shown it, with both. A
+    /// site that cannot remember it refuses.
+    fn announce(&self, peer: &Peer, _next: NextKey) -> impl Future<Output = Result<(), Refused>> + Send {
+        let message =
+            format!("this site cannot know {} by another key; it has to be invited anew", peer.name);
+        std::future::ready(Err(Refused::forbidden("not-remembered", message)))
+    }
 
     /// A primary offers a relationship, for the first time or again.
     fn offer(

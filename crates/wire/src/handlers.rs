@@ -14,8 +14,8 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, TakeOver, check_site_name,
-    codes,
+    DigestRequest, HandOver, Introduction, NextKey, Offer, Refused, RefusedClass, Report, TakeOver,
+    check_site_name, codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
 
@@ -36,7 +36,7 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
     let introduction: Introduction = read_json(body, &call.site.limits).await?;
     check_site_name(&introduction.name).map_err(|error| bad_body(error.to_string()))?;
     check_address(&introduction.address).map_err(|error| bad_body(error.to_string()))?;
-    let (Some(fingerprint), Some(client)) = (call.fingerprint(), call.client) else {
+    let (Some(fingerprint), Some(client)) = (call.fingerprint(), call.client.clone()) else {
         return Err(bad_body("a client certificate is needed".to_owned()));
     };
     let newcomer = Newcomer {
@@ -44,6 +44,7 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
         name: introduction.name,
         address: introduction.address,
         fingerprint,
+        shown: client.shown,
         remote: client.remote,
     };
     match call.site.endpoint.accept_invite(newcomer).await {
@@ -53,6 +54,13 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
             Err(refused.into())
         }
     }
+}
+
+/// `POST /v1/next-key`
+pub(crate) async fn announce<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let next: NextKey = read_json(body, &call.site.limits).await?;
+    call.site.endpoint.announce(call.peer()?, next).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// `PUT /v1/relationships/{vm}`

@@ -3,6 +3,8 @@
 use model::{DISK_BYTES_MAX, DiskName, LogId, LogNumber, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
+use crate::certificate::KeyId;
+
 /// A primary tells a replica's site what it protects; made again whenever the two must be squared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
@@ -349,8 +351,19 @@ pub mod codes {
     pub const BUSY: &str = "busy";
     /// The bytes do not continue what the replica has (409): ask for the state, then go on from there.
     pub const WRONG_OFFSET: &str = "wrong-offset";
+    /// The client's certificate is one that our CA has issued for a peer, and its time is over or has not come (403).
+    pub const CERTIFICATE_NOT_TODAY: &str = "certificate-not-today";
+    /// All that the peer might do here was taken back (403).
+    pub const REVOKED: &str = "revoked";
     /// An invite's secret is not one of this site's, or was used, or has expired (403).
     pub const BAD_INVITE: &str = "bad-invite";
+}
+
+/// A peer's next key: what the certificate that it shows some time later is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextKey {
+    /// The key.
+    pub key: KeyId,
 }
 
 /// The body of `POST /v1/peers`: the site that accepts an invite introduces itself. Its certificate is

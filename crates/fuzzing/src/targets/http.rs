@@ -69,7 +69,7 @@ fn request(which: u8, parts: u8, body: &[u8]) -> Request<Body> {
         request.body(Body::from(body.to_vec())).unwrap_or_else(|_| Request::new(Body::from(body.to_vec())));
     let fingerprint = (parts & 32 == 0).then(|| Fingerprint::from_bytes([3; 32]));
     let remote = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-    request.extensions_mut().insert(ClientIdentity { remote, fingerprint });
+    request.extensions_mut().insert(ClientIdentity { remote, fingerprint, shown: None });
     request
 }
 
@@ -79,8 +79,8 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| wire::router(Arc::new(Stub)))
 struct Stub;
 
 impl Endpoint for Stub {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        Some(Peer { name: "branch".into(), fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        Ok(who.fingerprint.map(|fingerprint| Peer { name: "branch".into(), fingerprint }))
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {

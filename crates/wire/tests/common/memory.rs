@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, Timestamp, VmId};
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, OfferedDisk,
-    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SecretHash, SiteInfo, UploadState,
-    WireEvent, block_digest, codes,
+    ClientIdentity, DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer,
+    Offer, OfferedDisk, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SecretHash,
+    SiteInfo, UploadState, WireEvent, block_digest, codes,
 };
 
 /// What happens between a log's bytes being taken and the answer.
@@ -162,9 +162,10 @@ impl MemoryVm {
 }
 
 impl Endpoint for MemorySite {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        let name = self.state().peers.get(&fingerprint)?.clone();
-        Some(Peer { name, fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        let known = |fingerprint| Some((fingerprint, self.state().peers.get(&fingerprint)?.clone()));
+        let found = who.fingerprint.and_then(known);
+        Ok(found.map(|(fingerprint, name)| Peer { name, fingerprint }))
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
