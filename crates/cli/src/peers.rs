@@ -150,6 +150,9 @@ fn identity(answer: &Value) -> String {
         text(&answer["issued_by"]),
         moment(&answer["expires_at"]),
     );
+    if !list(&answer["told"]).is_empty() {
+        let _ = writeln!(shown, "  told         {}", names(&answer["told"]));
+    }
     for peer in list(&answer["missed"]) {
         let peer = text(peer);
         let _ = writeln!(shown, "{peer} does not know it: run 'afterimage peer invite {peer} --replace'");

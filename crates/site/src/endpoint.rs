@@ -8,7 +8,7 @@ use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, Newcomer, NextKey, Offer,
+    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId, Newcomer, Offer,
     Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
     UploadState, WireEvent, codes,
 };
@@ -114,10 +114,13 @@ impl Endpoint for SiteEndpoint {
         }
     }
 
-    async fn announce(&self, peer: &Peer, next: NextKey) -> Result<(), Refused> {
-        let remembered = self.peers.announced(&peer.name, next.key).await;
+    async fn announce(&self, peer: &Peer, next: KeyId) -> Result<(), Refused> {
+        if self.peers.is_known(next) {
+            return Err(Refused::conflict("key-taken", "that key is somebody's already"));
+        }
+        let remembered = self.peers.announced(&peer.name, next).await;
         remembered.map_err(|failure| Refused::new(RefusedClass::Internal, "internal", failure.message))?;
-        let what = format!("{} will have another key: {}", peer.name, next.key);
+        let what = format!("{} will have another key: {next}", peer.name);
         self.events.note(Event::new("peer-key-announced", what).peer(&peer.name)).await;
         Ok(())
     }

@@ -144,11 +144,13 @@ impl Site {
     /// Tells every peer the key that this site will have, by the one that they know, and only then shows it. Whoever cannot
     /// be told would not know the site any more.
     async fn become_known_as(&self, next: &Identity, force: bool) -> Result<Value, Failure> {
-        let key = next.shown().key;
+        let (key, before) = (next.shown().key, self.peers.identity().shown().key);
         let (mut told, mut missed) = (Vec::new(), Vec::new());
-        if key != self.peers.identity().shown().key {
+        if key != before {
+            let announced = NextKey::of(next, before);
+            let announced = announced.map_err(|error| Failure::new(Code::Usage, error.to_string()))?;
             for (name, client) in self.peers.trusted() {
-                match client.announce(&NextKey { key }).await {
+                match client.announce(&announced).await {
                     Ok(()) => told.push(name),
                     Err(error) => missed.push((name, error.to_string())),
                 }

@@ -105,10 +105,15 @@ impl Peers {
         all.into_iter().filter(|(row, shown)| row.is_news(shown)).collect()
     }
 
+    /// Whether this site or a peer is known by that key now.
+    pub(crate) fn is_known(&self, key: KeyId) -> bool {
+        self.identity.shown().key == key || self.lock().values().any(|known| known.row.key == Some(key))
+    }
+
     /// Remembers the key that a peer will have next.
     pub(crate) async fn announced(&self, name: &str, next: KeyId) -> Result<(), Failure> {
         match self.get(name) {
-            Some(row) if row.key != Some(next) && row.next_key != Some(next) => {
+            Some(row) if row.next_key != Some(next) => {
                 self.rewrite(PeerRow { next_key: Some(next), ..row }).await.map(drop)
             }
             _ => Ok(()),

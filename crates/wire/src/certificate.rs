@@ -24,6 +24,10 @@ impl KeyId {
     fn of(public_key: &[u8]) -> Self {
         Self(Fingerprint::from_bytes(Sha256::digest(public_key).into()))
     }
+
+    pub(crate) const fn as_bytes(&self) -> &[u8; 32] {
+        self.0.as_bytes()
+    }
 }
 
 impl fmt::Display for KeyId {
@@ -84,6 +88,7 @@ struct Fields<'a> {
 
 const SEQUENCE: u8 = 0x30;
 const INTEGER: u8 = 0x02;
+const BIT_STRING: u8 = 0x03;
 const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
 /// `[0]`: the version, which a certificate of the first has not.
@@ -109,6 +114,16 @@ fn fields<'a>(certificate: &'a CertificateDer<'_>) -> Option<Fields<'a>> {
     let subject = tbs.expect(SEQUENCE)?.whole;
     let public_key = tbs.expect(SEQUENCE)?.whole;
     Some(Fields { issuer, subject, not_after, public_key })
+}
+
+/// The algorithm and the bits of a certificate's key, as those who verify signatures want them.
+pub(crate) fn public_key<'a>(certificate: &'a CertificateDer<'_>) -> Option<(&'a [u8], &'a [u8])> {
+    let mut whole = Der(fields(certificate)?.public_key);
+    let mut info = Der(whole.expect(SEQUENCE)?.content);
+    let algorithm = info.expect(SEQUENCE)?.content;
+    // The first byte says how many bits of the last one do not count: none, where keys are bytes.
+    let bits = info.expect(BIT_STRING)?.content.strip_prefix(&[0])?;
+    Some((algorithm, bits))
 }
 
 /// What is left to read.

@@ -19,10 +19,11 @@ use crate::invite::Invite;
 use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
-    DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, NextKey, Offer, RelationshipStatus, Report,
+    DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, Offer, RelationshipStatus, Report,
     SiteInfo, TakeOver, TakenOver, UploadState, check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
+use crate::succession::NextKey;
 use crate::tls::{self, KnownServer};
 use crate::trust::{Ca, Pin};
 

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use model::{LogId, LogNumber, VmId};
 
-use crate::certificate::Shown;
+use crate::certificate::{KeyId, Shown};
 use crate::identity::Fingerprint;
 use crate::invite::Secret;
 use crate::limiter::RateLimiter;
 use crate::messages::{
-    DigestRequest, HandOver, HandedOver, NextKey, Offer, Refused, RelationshipStatus, Report, SiteInfo,
-    TakeOver, TakenOver, UploadState,
+    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, TakeOver,
+    TakenOver, UploadState,
 };
 
 /// Another site that this one trusts.
@@ -92,9 +92,9 @@ pub trait Endpoint: Send + Sync + 'static {
     /// A site brings an invite: checks secret and expiry, uses the invite up and remembers the peer.
     fn accept_invite(&self, newcomer: Newcomer) -> impl Future<Output = Result<SiteInfo, Refused>> + Send;
 
-    /// A peer tells which key it will have next: it is the same peer with that key, until it has shown it, with both. A
+    /// A peer tells which key it will have next, and has proved that it holds it: it is the same peer with that key, until it has shown it, with both. A
     /// site that cannot remember it refuses.
-    fn announce(&self, peer: &Peer, _next: NextKey) -> impl Future<Output = Result<(), Refused>> + Send {
+    fn announce(&self, peer: &Peer, _next: KeyId) -> impl Future<Output = Result<(), Refused>> + Send {
         let message =
             format!("this site cannot know {} by another key; it has to be invited anew", peer.name);
         std::future::ready(Err(Refused::forbidden("not-remembered", message)))

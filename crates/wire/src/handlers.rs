@@ -14,10 +14,11 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, HandOver, Introduction, NextKey, Offer, Refused, RefusedClass, Report, TakeOver,
-    check_site_name, codes,
+    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, TakeOver, check_site_name,
+    codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
+use crate::succession::NextKey;
 
 /// How long somebody should wait who came when too many segments were arriving.
 const BUSY_RETRY_S: u64 = 1;
@@ -59,7 +60,11 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
 /// `POST /v1/next-key`
 pub(crate) async fn announce<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
     let next: NextKey = read_json(body, &call.site.limits).await?;
-    call.site.endpoint.announce(call.peer()?, next).await?;
+    let shown = call.client.as_ref().and_then(|client| client.shown.clone());
+    let proved = shown.and_then(|shown| next.prove(shown.key));
+    let proved =
+        proved.ok_or_else(|| bad_body("it is not signed by that key, to follow the one shown".to_owned()))?;
+    call.site.endpoint.announce(call.peer()?, proved).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

@@ -307,6 +307,10 @@ impl Identity {
         self.current().shown
     }
 
+    pub(crate) fn key(&self) -> Arc<CertifiedKey> {
+        self.current().key
+    }
+
     fn current(&self) -> Current {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

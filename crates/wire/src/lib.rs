@@ -38,6 +38,7 @@ mod routes;
 mod server;
 mod shares;
 mod socket;
+mod succession;
 mod tls;
 mod trust;
 mod upload;
@@ -52,11 +53,12 @@ pub use invite::{Invite, InviteError, Secret, SecretHash};
 pub use limiter::RateLimiter;
 pub use limits::{CONNECTIONS_MAX, DIGESTS_MAX, JSON_BYTES_MAX, Limits, SEGMENT_BYTES, SEGMENTS_MAX};
 pub use messages::{
-    DigestRequest, HandOver, HandedOver, HandedOverDisk, NextKey, Offer, OfferedDisk, Refused, RefusedClass,
+    DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, Refused, RefusedClass,
     RelationshipStatus, Report, SiteInfo, SiteNameError, TakeOver, TakenOver, UploadState, check_site_name,
     codes,
 };
 pub use routes::{router, router_with};
 pub use server::{serve, serve_with};
+pub use succession::NextKey;
 pub use trust::{Ca, Distrust, Pin, check_certificate_name};
 pub use upload::Uploader;

@@ -3,8 +3,6 @@
 use model::{DISK_BYTES_MAX, DiskName, LogId, LogNumber, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
-use crate::certificate::KeyId;
-
 /// A primary tells a replica's site what it protects; made again whenever the two must be squared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
@@ -357,13 +355,6 @@ pub mod codes {
     pub const REVOKED: &str = "revoked";
     /// An invite's secret is not one of this site's, or was used, or has expired (403).
     pub const BAD_INVITE: &str = "bad-invite";
-}
-
-/// A peer's next key: what the certificate that it shows some time later is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NextKey {
-    /// The key.
-    pub key: KeyId,
 }
 
 /// The body of `POST /v1/peers`: the site that accepts an invite introduces itself. Its certificate is
