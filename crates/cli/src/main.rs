@@ -8,6 +8,7 @@ mod demo;
 mod failover;
 mod measurements;
 mod memory;
+mod peer_args;
 mod peers;
 mod points;
 mod progress;

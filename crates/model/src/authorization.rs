@@ -93,8 +93,8 @@ impl FromStr for VmPatterns {
         }
         for pattern in &patterns {
             let usable = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'*' | b'?');
-            match pattern {
-                pattern if pattern.is_empty() => return refuse(text, "a pattern in it is empty"),
+            match *pattern {
+                "" => return refuse(text, "a pattern in it is empty"),
                 pattern if pattern.len() > PATTERN_BYTES_MAX => return refuse(pattern, "it is too long"),
                 pattern if !pattern.bytes().all(usable) => {
                     return refuse(pattern, "it has a character that no name has");

@@ -16,7 +16,8 @@ use wire::{
 use crate::authority::{Authority, revoked};
 use crate::commands::Site;
 use crate::events::{Event, Events};
-use crate::peers::{Peers, Recognized};
+use crate::known::Recognized;
+use crate::peers::Peers;
 
 /// When a peer may ask again whose certificate is not good today.
 const NOT_TODAY_RETRY_S: u64 = 300;

@@ -25,6 +25,7 @@ mod failure;
 mod identity;
 mod init;
 mod jobs;
+mod known;
 mod measurements;
 mod peers;
 mod points;

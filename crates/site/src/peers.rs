@@ -1,4 +1,4 @@
-//! The sites that this one trusts, by the fingerprints of their certificates, and the invites that make them.
+//! The sites that this one trusts, what they may do here, and the invites that make them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
+use model::VmName;
 use model::authorization::Entry;
-use model::{Timestamp, VmName};
 use steps::durable_step;
 use wire::{
     Ca, Client, ClientIdentity, Distrust, Fingerprint, Identity, Invite, KeyId, RateLimiter, Secret,
@@ -17,6 +17,7 @@ use wire::{
 use crate::clock::now;
 use crate::entry::{ALL_PEERS, ENTRY, EntryChange, PeerRow, TABLES, read_entry, read_peer, text};
 use crate::failure::{Code, Failure};
+use crate::known::{Known, Recognized, client};
 
 /// So long connections that were open go on with a key that their peer has given up.
 const FORMER_KEY_TIME: Duration = Duration::from_secs(10 * 60);
@@ -31,27 +32,6 @@ pub struct Peers {
     /// The CA that decides for the entries with a certificate name.
     ca: RwLock<Option<Ca>>,
     known: Mutex<BTreeMap<String, Known>>,
-}
-
-struct Known {
-    row: PeerRow,
-    client: Arc<Client>,
-    /// What all its uploads share.
-    limiter: Option<RateLimiter>,
-    /// The key that it has just given up, and until when connections that are open go on with it.
-    former: Option<(KeyId, Instant)>,
-}
-
-/// Who somebody is that has shown a certificate.
-pub(crate) enum Recognized {
-    /// A peer, and whether the certificate tells something new of it.
-    Peer(PeerRow, bool),
-    /// One whose rights were taken back.
-    Revoked(PeerRow),
-    /// One by its name, whose certificate is not good today.
-    NotToday(PeerRow, Distrust),
-    /// Nobody that is known.
-    Nobody,
 }
 
 impl Peers {
@@ -358,35 +338,6 @@ impl Peers {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl Known {
-    fn new(row: PeerRow, identity: &Identity, ca: Option<Ca>) -> Result<Self, Failure> {
-        let client = client(&row, identity, ca)?;
-        let limiter = row.entry.bandwidth_bytes_per_s.map(RateLimiter::new);
-        Ok(Self { row, client, limiter, former: None })
-    }
-
-    /// Whether it is this one, and whether the certificate tells something new of it.
-    fn check(&self, who: &ClientIdentity, ca: Option<&Ca>, now: Timestamp) -> Result<bool, Distrust> {
-        let Some(shown) = who.shown.as_deref() else {
-            // It cannot be read; it can be the one that was pinned all the same.
-            let shown = who.fingerprint.unwrap_or(Fingerprint::from_bytes([0; 32]));
-            let is_pinned = self.row.certificate_name.is_none() && shown == self.row.fingerprint;
-            let other = Distrust::Other { shown, pinned: self.row.fingerprint };
-            return is_pinned.then_some(false).ok_or(other);
-        };
-        let is_former = |(key, until): (KeyId, Instant)| key == shown.key && Instant::now() < until;
-        if self.row.certificate_name.is_none() && self.former.is_some_and(is_former) {
-            return Ok(false);
-        }
-        self.row.pin().check(shown, ca, now).map(|()| self.row.is_news(shown))
-    }
-}
-
-fn client(row: &PeerRow, identity: &Identity, ca: Option<Ca>) -> Result<Arc<Client>, Failure> {
-    let client = Client::knowing(identity, row.address.as_str(), row.pin(), ca);
-    client.map(Arc::new).map_err(|error| Failure::new(Code::Peer, error.to_string()))
 }
 
 impl primary::PeerClients for Peers {

@@ -225,6 +225,7 @@ pub const ALL: &[&str] = &[
     "wire::identity::next-certificate-written",
     "wire::identity::next-half-adopted",
     "wire::identity::next-key-adopted",
+    "wire::identity::next-key-settled",
     "wire::identity::next-key-written",
     "wire::identity::next-prepared",
     "wire::identity::next-preparing",

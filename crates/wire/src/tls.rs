@@ -75,7 +75,7 @@ impl ServerCertVerifier for KnownServer {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let chain = [&[end_entity.clone()], intermediates].concat();
+        let chain = [std::slice::from_ref(end_entity), intermediates].concat();
         let Some(shown) = Shown::of(&chain) else {
             return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
         };

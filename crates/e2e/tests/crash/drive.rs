@@ -186,7 +186,9 @@ impl Drive {
             }
             AdoptKey => pair.die_first("wire::identity::next-key-adopted", NewKey),
             TakeOver => {
-                let mut depot = Site::init(pair.dir.path(), "depot")?;
+                let mut homes = (0..).map(|place| pair.dir.path().join(format!("depot-{place}")));
+                let home = homes.find(|home| !home.exists()).unwrap_or_default();
+                let mut depot = Site::init(&home, "depot")?;
                 depot.serve()?;
                 pair.head.invite(&depot)?;
                 for peer in ["branch", "depot"] {
