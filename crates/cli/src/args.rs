@@ -10,6 +10,8 @@ use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
 
 use crate::when;
 
+pub use crate::peer_args::{Entry, Identity, Peer};
+
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
 #[command(name = "afterimage", version, about, max_term_width = 100)]
@@ -49,6 +51,9 @@ pub enum Command {
     /// Sites that trust each other.
     #[command(subcommand)]
     Peer(Peer),
+    /// This site's certificate: what it is, make it anew, or use one of your own CA.
+    #[command(subcommand)]
+    Identity(Identity),
     /// Start to protect a VM: its initial replication begins.
     Protect(Protect),
     /// The relationships of this site.
@@ -190,27 +195,6 @@ pub enum Command {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub enum Peer {
-    /// Print a line that makes another site a peer: it is good for 15 minutes and for one site.
-    Invite {
-        /// What the peer will be called here.
-        name: VmName,
-        /// Which VMs it may replicate to this site, by name; `*` stands for anything.
-        #[arg(long, default_value = "*", value_name = "PATTERN")]
-        vms: String,
-        /// How much its replicas may take up here, such as 500G or 2T; without it, all there is.
-        #[arg(long, value_parser = bytes, value_name = "SIZE")]
-        quota: Option<u64>,
-    },
-    /// Become a peer of the site that printed this line; `-` reads it from standard input.
-    Accept { invite: String },
-    /// The peers there are.
-    List,
-    /// End the trust in a peer.
-    Remove { name: String },
-}
-
 #[derive(Debug, Args)]
 pub struct Extend {
     /// The VM, of which there is a replica here.
@@ -273,6 +257,9 @@ pub struct Protect {
     /// What shows that the VM has booted, for boot checks of its replica: agent, console:TEXT, tcp:PORT or runs:30s.
     #[arg(long, value_name = "SIGN")]
     pub sign_of_life: Option<SignOfLife>,
+    /// The VM was moved here from another site of the same trust group: take its replica over, and send what differs.
+    #[arg(long)]
+    pub take_over: bool,
     #[command(flatten)]
     pub passes: PassArguments,
 }
@@ -513,7 +500,7 @@ fn point_name(name: &str) -> Result<PointName, String> {
 }
 
 /// `500k`, `2M`, `1G` or plain bytes.
-fn bytes_per_second(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes_per_second(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
         Some(end) => text.split_at(end),
         None => (text, ""),
@@ -531,7 +518,7 @@ fn bytes_per_second(text: &str) -> Result<u64, String> {
 }
 
 /// `500M`, `10G`, `2T` (powers of 1024) or plain bytes.
-fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
         Some(end) => text.split_at(end),
         None => (text, ""),

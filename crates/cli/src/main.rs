@@ -8,6 +8,8 @@ mod demo;
 mod failover;
 mod measurements;
 mod memory;
+mod peer_args;
+mod peers;
 mod points;
 mod progress;
 mod repositories;
@@ -21,7 +23,7 @@ use model::gate::Access;
 use serde_json::{Value, json};
 use site::{BackupRequest, By, Code, Config, Exported, Failure, Request};
 
-use crate::args::{Arguments, Command, Disk, Peer, View};
+use crate::args::{Arguments, Command, Disk, View};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -151,12 +153,8 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
 
 fn request(command: &Command) -> Result<Request, Failure> {
     Ok(match command {
-        Command::Peer(Peer::Invite { name, vms, quota }) => {
-            Request::PeerInvite { name: name.clone(), vms: vms.clone(), quota_bytes: *quota }
-        }
-        Command::Peer(Peer::Accept { invite }) => Request::PeerAccept { invite: line_or_stdin(invite)? },
-        Command::Peer(Peer::List) => Request::PeerList,
-        Command::Peer(Peer::Remove { name }) => Request::PeerRemove { name: name.clone() },
+        Command::Peer(peer) => peers::request(peer)?,
+        Command::Identity(identity) => peers::identity_request(identity)?,
         Command::Protect(protect) => Request::Protect(Box::new(wanted(protect)?)),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
         Command::Points { vm, plan } => Request::Points { vm: vm.clone(), plan: *plan },
@@ -264,19 +262,8 @@ fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
         excluded: protect.excluded.clone(),
         resync: protect.passes.resync.unwrap_or_default(),
         initial: protect.passes.initial.unwrap_or_default(),
+        take_over: protect.take_over,
     })
-}
-
-/// `-` stands for a line on standard input: what is on a command line, everybody on this machine can read.
-fn line_or_stdin(argument: &str) -> Result<String, Failure> {
-    if argument != "-" {
-        return Ok(argument.to_owned());
-    }
-    let mut line = String::new();
-    std::io::stdin()
-        .read_line(&mut line)
-        .map_err(|error| Failure::new(Code::Io, format!("cannot read the invite: {error}")))?;
-    Ok(line.trim().to_owned())
 }
 
 fn exported(export: &args::Export) -> Result<site::Export, Failure> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 use site::{Failure, Made, Request};
 
-use crate::{measurements, points};
+use crate::{measurements, peers, points};
 
 /// A failure: what happened, and when to come again.
 pub fn failure(failure: &Failure) -> String {
@@ -39,26 +39,30 @@ pub fn init(dir: &Path, made: &Made) -> String {
 /// The answer of a running site.
 pub fn answer(request: &Request, answer: &Value) -> String {
     match request {
-        Request::PeerInvite { name, .. } => format!(
-            "Run this at {name}, within 15 minutes (it is good for one site):\n\n  afterimage peer accept {}\n",
-            text(&answer["invite"])
-        ),
-        Request::PeerAccept { .. } => format!("{} and this site are peers now.", text(&answer["name"])),
-        Request::PeerList => peers(answer),
-        Request::PeerRemove { name } => format!("{name} is no peer any more; what it replicated here stays."),
+        Request::PeerInvite { .. }
+        | Request::PeerAccept { .. }
+        | Request::PeerList
+        | Request::PeerShow { .. }
+        | Request::PeerAllow { .. }
+        | Request::PeerRevoke { .. }
+        | Request::Identity
+        | Request::IdentityRenew { .. }
+        | Request::IdentityUse { .. }
+        | Request::PeerRemove { .. } => peers::shown(request, answer),
         Request::Protect(protect) => {
             format!("{} is protected now.\n\n{}", protect.vm, relationships(std::slice::from_ref(answer)))
         }
         Request::Status { vm } => {
             let vms = list(&answer["vms"]);
             if vms.is_empty() {
-                return "No VM is protected here, and there is no replica.".into();
+                return "No VM is protected here, and there is no replica.\n".to_owned()
+                    + &peers::warnings(answer);
             }
             let mut shown = relationships(vms);
             for vm in vms.iter().filter(|entry| vm.is_some() || noteworthy(entry)) {
                 let _ = write!(shown, "\n{}", details(vm));
             }
-            shown
+            shown + &peers::warnings(answer)
         }
         Request::Pause { .. } | Request::Resume { .. } | Request::Sync { .. } => {
             relationships(std::slice::from_ref(answer))
@@ -155,21 +159,6 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
         let _ = writeln!(shown, "{}", cells.join("  ").trim_end());
     }
     shown
-}
-
-fn peers(answer: &Value) -> String {
-    let rows: Vec<_> = list(&answer["peers"])
-        .iter()
-        .map(|peer| {
-            let cell = |key: &str| text(&peer[key]).to_owned();
-            let (quota, since) = (bytes(&peer["quota_bytes"]), moment(&peer["since"]));
-            vec![cell("name"), cell("address"), cell("vms"), quota, since, cell("fingerprint")]
-        })
-        .collect();
-    if rows.is_empty() {
-        return "No peers; 'afterimage peer invite NAME' makes one.".into();
-    }
-    table(&["PEER", "ADDRESS", "MAY SEND", "QUOTA", "SINCE", "FINGERPRINT"], &rows)
 }
 
 pub fn relationships(vms: &[Value]) -> String {

@@ -231,7 +231,7 @@ fn texts(put: Put<'_>) -> io::Result<()> {
     let exported = Exported::Point { vm: vm.clone(), point: None };
     let requests = [
         Request::PeerList,
-        Request::PeerAccept { invite: line.into() },
+        Request::PeerAccept { invite: line.into(), change: site::EntryChange::default(), replace: false },
         Request::Status { vm: Some(vm.clone()) },
         Request::Backup(backup),
         Request::Export(site::Export { what: exported, writable: true }),

@@ -103,6 +103,12 @@ name_type!(
     "point"
 );
 
+name_type!(
+    /// What people call a trust group of peers.
+    GroupName,
+    "group"
+);
+
 impl PointName {
     /// A name for a point, unless it could be the beginning of a point's id.
     pub fn new(name: &str) -> Result<Self, NameError> {

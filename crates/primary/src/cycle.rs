@@ -132,6 +132,7 @@ impl<P: Ports> Relationship<P> {
     pub(crate) async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
         let offer = self.offer(vm, disks).await;
         let status = self.remote()?.offer(&offer).await?;
+        self.heed_bandwidth(status.bandwidth_bytes_per_s);
         if let Some(refused) = &status.refused {
             return Err(Failure {
                 code: FailureCode::ReplicaRefused,

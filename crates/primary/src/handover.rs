@@ -102,17 +102,18 @@ impl<P: Ports> Relationship<P> {
         self.shared.ports.is_off(&self.row.settings).await
     }
 
-    /// Begins to protect a VM that was failed over to this site, under the id that it has always had: both sides are
-    /// compared, and what differs is sent.
+    /// Begins to protect a VM that has come to this site (it was failed over, or moved), under the id that it has always
+    /// had: both sides are compared, and what differs is sent.
     pub async fn take_over(
         shared: &Arc<Shared<P>>,
         request: ProtectRequest,
         vm: VmId,
         generation: u64,
+        why: ResyncReason,
     ) -> Result<Self, Error> {
         let mut row = Self::first_row(shared, request, vm).await?;
         row.generation = generation;
-        row.phase = Phase::ResyncRequired { why: ResyncReason::Reversed };
+        row.phase = Phase::ResyncRequired { why };
         row.passes.word = ResyncWord::Asked;
         durable_step("primary::takeover::saving");
         row.save(&shared.catalog).await?;

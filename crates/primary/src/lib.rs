@@ -40,7 +40,7 @@ use std::time::Duration;
 use catalog::Catalog;
 use model::{
     Assessment, CycleBackoff, CycleTally, DiskName, Health, HealthThresholds, InitialStart, LastError,
-    LogNumber, MayRun, Phase, ResyncPolicy, Sum, Timestamp, VmId, VmName,
+    LogNumber, MayRun, Phase, ResyncPolicy, ResyncReason, Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -288,14 +288,16 @@ impl<P: Ports> Primary<P> {
         Ok(answer.await.map_err(|_| no_such_vm())??)
     }
 
-    /// Begins to protect a VM that was failed over to this site, under the id that it has always had.
+    /// Begins to protect a VM that has come to this site, under the id that it has always had; `why` both sides are
+    /// compared first.
     pub async fn take_over(
         &self,
         request: ProtectRequest,
         vm: VmId,
         generation: u64,
+        why: ResyncReason,
     ) -> Result<VmStatus, Error> {
-        let relationship = Relationship::take_over(&self.shared, request, vm, generation).await?;
+        let relationship = Relationship::take_over(&self.shared, request, vm, generation, why).await?;
         let name = relationship.row().name.clone();
         self.spawn(relationship);
         self.get(&name).ok_or(Error::NoSuchVm(name))

@@ -383,6 +383,11 @@ fn link_failure(error: &wire::Error) -> Failure {
             Failure::lasting(FailureCode::Certificate, message)
         }
         wire::ErrorKind::Unauthorized => Failure::lasting(FailureCode::Certificate, message),
+        // Of these two either people get new ones, by and by.
+        wire::ErrorKind::CertificateNotToday => Failure::transient(FailureCode::Certificate, message),
+        wire::ErrorKind::Forbidden if error.has_code(wire::codes::CERTIFICATE_NOT_TODAY) => {
+            Failure::transient(FailureCode::Certificate, message)
+        }
         wire::ErrorKind::Forbidden => Failure::lasting(FailureCode::NotAuthorized, message),
         // Its chain is not what it was when the last cycle ended: it was put back from an older copy, say. What it is
         // now, the next cycle asks.

@@ -383,6 +383,14 @@ impl<P: Ports> Relationship<P> {
         self.book(Duration::ZERO);
     }
 
+    /// Sends no faster than a person has said here, nor than the replica's site takes it.
+    pub(crate) fn heed_bandwidth(&mut self, taken_bytes_per_s: Option<u64>) {
+        let rate = self.row.settings.bandwidth_bytes_per_s.into_iter().chain(taken_bytes_per_s).min();
+        if self.limiter.as_ref().map(RateLimiter::bytes_per_s) != rate {
+            self.limiter = rate.map(RateLimiter::new);
+        }
+    }
+
     /// The next cycle is due after this time.
     pub(crate) fn book(&mut self, wait: Duration) {
         self.booked_at = self.shared.now();
@@ -419,7 +427,7 @@ impl<P: Ports> Relationship<P> {
         self.shared.ports.remote(peer).ok_or_else(|| {
             Failure::lasting(
                 FailureCode::UnknownPeer,
-                format!("the peer {peer} of VM {} is not known; accept an invite of it, then run 'afterimage resume'", self.row.name),
+                format!("the peer {peer} of VM {} is not known here, or was revoked; invite it again or accept an invite of it, then run 'afterimage resume'", self.row.name),
             )
         })
     }

@@ -71,13 +71,17 @@ fn a_vm_that_is_taken_over_keeps_its_id_and_is_compared() {
         let world = World::new(13, &SIZES);
         let shared = world.primary(&dir.path().join("catalog.sqlite"));
         let vm = model::VmId::from_bytes([7; 16]);
-        let mut web = Relationship::take_over(&shared, request(), vm, 4).await.unwrap();
+        let mut web =
+            Relationship::take_over(&shared, request(), vm, 4, ResyncReason::Reversed).await.unwrap();
         assert_eq!((web.row().vm, web.row().generation), (vm, 4));
         assert_eq!(web.row().phase, Phase::ResyncRequired { why: ResyncReason::Reversed });
         assert!(!web.is_off().await);
         web.sync().await.unwrap();
         assert_eq!(web.row().phase, Phase::Replicating);
         assert!(world.lock().replica.digests_asked > 0, "what is there already is not sent");
-        assert!(Relationship::take_over(&shared, request(), vm, 5).await.is_err(), "the name is taken");
+        assert!(
+            Relationship::take_over(&shared, request(), vm, 5, ResyncReason::Reversed).await.is_err(),
+            "the name is taken"
+        );
     });
 }

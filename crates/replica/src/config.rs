@@ -75,6 +75,9 @@ impl fmt::Debug for Chance {
 pub struct Config {
     /// The site's folder; VMs are kept below `vms/` in it unless their storage was moved.
     pub dir: PathBuf,
+    /// Other folders that replicas were made in ([`crate::Store::ask_where_replicas_go`]): what completed failovers have
+    /// left there is tidied up too. Default none.
+    pub storages: Vec<PathBuf>,
     /// New logs are refused with `no-space` when less than this is free where they would go, so that
     /// applies, the catalog and everything else on that file system can still work. Default 256 MiB.
     pub free_reserve_bytes: u64,
@@ -121,6 +124,7 @@ impl Config {
         Self {
             nbd_socket: dir.join("run/nbd.sock"),
             dir,
+            storages: Vec::new(),
             free_reserve_bytes: 256 << 20,
             workers: 1,
             apply_threads: 2,

@@ -4,6 +4,7 @@
 //! ended ("applied N"), each time before the catalog says so. So it is never behind the base.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use catalog::Catalog;
 use log::Header;
@@ -69,7 +70,7 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
     folder.files.replace(&folder.description(), &text)
 }
 
-/// Makes the catalog's rows of all VMs in `config.dir` that it does not have, out of their folders: what can
+/// Makes the catalog's rows of all VMs in `config.dir` and `config.storages` that it does not have, out of their folders: what can
 /// be known is, in doubt the VM is to be resynchronized. Every log is read and verified. To be called before
 /// [`crate::Store::open`]. Gives the VMs that were found.
 ///
@@ -78,10 +79,23 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
 pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
     catalog.migrate("replica", rows::MIGRATIONS)?;
     let known: Vec<VmId> = rows::load_vms(catalog)?.into_iter().map(|row| row.vm).collect();
-    let (files, folder) = (Files(config.files.clone()), config.dir.join("vms"));
     let mut found = Vec::new();
-    for name in files.names(&folder)? {
-        let vm_folder = Folder { files: files.clone(), path: folder.join(name) };
+    for storage in std::iter::once(&config.dir.join("vms")).chain(&config.storages) {
+        rebuild_all_in(storage, catalog, config, &known, &mut found)?;
+    }
+    Ok(found)
+}
+
+fn rebuild_all_in(
+    storage: &Path,
+    catalog: &Catalog,
+    config: &Config,
+    known: &[VmId],
+    found: &mut Vec<VmId>,
+) -> Result<()> {
+    let files = Files(config.files.clone());
+    for name in files.names(storage)? {
+        let vm_folder = Folder { files: files.clone(), path: storage.join(name) };
         if let Some(fence) = crate::completion::released(&vm_folder)? {
             catalog.write(move |tx| rows::raise_fence(tx, &fence))?;
             continue;
@@ -98,7 +112,7 @@ pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
             }
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 /// A log that was found, and what its file says.

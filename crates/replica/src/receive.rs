@@ -117,6 +117,19 @@ impl Store {
         })
     }
 
+    /// Forgets a log that is arriving, of which no more is to be taken: its room is free again.
+    pub fn give_up_upload(&self, peer: &str, vm: VmId) -> Result<()> {
+        let vm = self.vm(vm)?;
+        let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = {
+            let state = vm.live()?;
+            check_peer(&state, peer)?;
+            state.folder()
+        };
+        *receiving = None;
+        remove_partials(&folder, None)
+    }
+
     fn begin(&self, vm: &Vm, head: Head) -> Result<Incoming> {
         let folder = vm.live()?.folder();
         self.check_space(&folder, 0)?;

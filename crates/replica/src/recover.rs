@@ -50,7 +50,14 @@ impl Store {
             self.vms_mut().insert(id, vm);
         }
         self.recover_seeds()?;
-        self.tidy_released_folders(&vms_folder)
+        self.tidy_released_folders(&vms_folder)?;
+        for storage in &self.inner.config.storages {
+            // It may be on a disk that is not mounted today.
+            if self.files().exists(storage)? {
+                self.tidy_released_folders(storage)?;
+            }
+        }
+        Ok(())
     }
 
     fn tidy_released_folders(&self, vms_folder: &Path) -> Result<()> {

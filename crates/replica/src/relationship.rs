@@ -1,5 +1,6 @@
 //! What a primary says of its VM: offers, reports, withdrawals.
 
+use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -84,8 +85,10 @@ impl Store {
 
     fn create(&self, peer: &str, offer: Offer) -> Result<()> {
         let now = self.now();
-        let folder = fresh_home(&self.home(offer.vm))?;
-        self.check_space(&Folder { files: self.files(), path: self.inner.config.dir.join("vms") }, 0)?;
+        let home = self.home(peer, offer.vm)?;
+        let storage = home.path.parent().map_or_else(|| home.path.clone(), Path::to_owned);
+        self.check_space(&Folder { path: storage, ..home.clone() }, 0)?;
+        let folder = fresh_home(&home)?;
         // What lies there is of a replica whose removal was cut off.
         folder.files.remove_folder(&folder.path)?;
         folder.create()?;
@@ -161,6 +164,32 @@ impl Store {
         self.commit_row(&mut state, row)?;
         durable_step("replica::withdraw::written");
         Ok(())
+    }
+
+    /// Makes a VM another peer's: what its primary was until now may send nothing for it any more. Gives its generation
+    /// from now on.
+    pub fn take_over(&self, peer: &str, vm: VmId) -> Result<u64> {
+        let vm = self.vm(vm)?;
+        let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = vm.live()?;
+        if state.row.peer == peer {
+            return Ok(state.row.doc.generation);
+        }
+        if state.in_failover() {
+            return Err(Error::busy(vm.id, "it is failed over here; cancel or complete the failover first"));
+        }
+        let mut row = state.row.clone();
+        row.peer = peer.to_owned();
+        row.doc.generation += 1;
+        row.doc.withdrawn = false;
+        let generation = row.doc.generation;
+        durable_step("replica::takeover::writing");
+        self.commit_row(&mut state, row)?;
+        durable_step("replica::takeover::written");
+        *receiving = None;
+        crate::rebuild::describe(&state)?;
+        durable_step("replica::takeover::described");
+        Ok(generation)
     }
 
     /// Removes a replica with all its files. Views of it end; a hold must be released first.

@@ -40,7 +40,7 @@ impl Store {
             return Ok(());
         }
         let now = self.now();
-        let folder = fresh_home(&self.home(offer.vm))?;
+        let folder = fresh_home(&self.home(peer, offer.vm)?)?;
         folder.files.remove_folder(&folder.path)?;
         folder.create()?;
         durable_step("replica::seed::made");

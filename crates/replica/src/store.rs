@@ -1,19 +1,24 @@
 //! The store: all VMs, and the way to each.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use catalog::{Catalog, Transaction, rusqlite};
 use model::{LogNumber, Timestamp, VmId, VmName};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Refused, Result};
 use crate::folder::Folder;
 use crate::fs::Files;
 use crate::rows::{self, VmRow};
 use crate::staging::Staging;
 use crate::vm::{State, Vm};
 use crate::worker::Workers;
+
+/// When somebody should ask again whose storage folder is not there.
+const RETRY_STORAGE: Duration = Duration::from_secs(60);
 
 /// The store of chains of one site. A handle: clones share it. Everything here blocks on files and the
 /// catalog; from async code, call it through [`Store::run`].
@@ -33,9 +38,12 @@ pub(crate) struct Inner {
     pub below_is_read: OnceLock<Box<ReadsBelow>>,
     /// Images that replicas are to begin with.
     pub staging: Mutex<Staging>,
+    /// Tells where a peer's new replicas are to go, if not below the store's own folder.
+    pub storage_of: OnceLock<Box<StorageOf>>,
 }
 
 type ReadsBelow = dyn Fn(VmId) -> bool + Send + Sync;
+type StorageOf = dyn Fn(&str) -> Option<PathBuf> + Send + Sync;
 
 impl Store {
     /// Opens the store in `config.dir`, makes good what a crash has left, and starts its workers.
@@ -50,6 +58,7 @@ impl Store {
             workers: Workers::default(),
             below_is_read: OnceLock::new(),
             staging: Mutex::default(),
+            storage_of: OnceLock::new(),
             vms: RwLock::new(BTreeMap::new()),
             registry: Mutex::new(()),
             catalog,
@@ -65,6 +74,12 @@ impl Store {
     /// what is below it before he locks it, and so may go on reading what the layer's file no longer names.
     pub fn ask_who_reads_below(&self, is_read: impl Fn(VmId) -> bool + Send + Sync + 'static) {
         let _ = self.inner.below_is_read.set(Box::new(is_read));
+    }
+
+    /// Has the store ask which folder the replica of a peer's new VM is to be made in: what the peer's entry says. One
+    /// that is not there is not made: a disk that is not mounted must not be filled beside its mount point.
+    pub fn ask_where_replicas_go(&self, storage: impl Fn(&str) -> Option<PathBuf> + Send + Sync + 'static) {
+        let _ = self.inner.storage_of.set(Box::new(storage));
     }
 
     /// Runs blocking work of the store for an async caller.
@@ -108,6 +123,14 @@ impl Store {
         vms.iter().filter(|vm| vm.lock().row.peer == peer).map(|vm| vm.id).collect()
     }
 
+    /// What a VM is called, and the peer that it belongs to.
+    #[must_use]
+    pub fn whose(&self, vm: VmId) -> Option<(VmName, String)> {
+        let vm = self.vms().get(&vm)?.clone();
+        let state = vm.lock();
+        Some((state.row.name.clone(), state.row.peer.clone()))
+    }
+
     pub(crate) fn vms(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<VmId, Arc<Vm>>> {
         self.inner.vms.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,9 +151,21 @@ impl Store {
         &self.inner.catalog
     }
 
-    /// Where a VM's files are kept unless they were moved.
-    pub(crate) fn home(&self, vm: VmId) -> Folder {
-        Folder { files: self.files(), path: self.inner.config.dir.join("vms").join(vm.to_string()) }
+    /// Where the files of a peer's new VM are to go.
+    pub(crate) fn home(&self, peer: &str, vm: VmId) -> Result<Folder> {
+        let files = self.files();
+        let base = match self.inner.storage_of.get().and_then(|storage_of| storage_of(peer)) {
+            None => self.inner.config.dir.join("vms"),
+            Some(storage) if files.exists(&storage)? => storage,
+            Some(storage) => {
+                let message = format!(
+                    "the folder {} that the replicas of {peer} go to is not there; mount it, or name another one with 'afterimage peer allow {peer} --storage DIR'",
+                    storage.display()
+                );
+                return Err(Refused::transient("storage", message, RETRY_STORAGE).into());
+            }
+        };
+        Ok(Folder { files, path: base.join(vm.to_string()) })
     }
 
     /// The file system that the store is on.

@@ -38,6 +38,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::report::",
     "replica::seed::",
     "replica::staging::",
+    "replica::takeover::",
     "replica::withdraw::",
 ];
 

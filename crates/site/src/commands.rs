@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::gate::Access;
-use model::{LogNumber, PointName, PointRef, VmId, VmName};
-use primary::{Monitor, Primary, ProtectRequest, Settings};
+use model::{LogNumber, PointName, PointRef, ResyncReason, VmId, VmName};
+use primary::{Monitor, PeerClients as _, Primary, ProtectRequest, Settings};
 use replica::Store;
 use serde_json::{Value, json};
-use wire::Invite;
 
 use crate::backup::Backups;
 use crate::checks::Checks;
@@ -20,9 +19,10 @@ use crate::events::{Event, Events};
 use crate::exports::Exports;
 use crate::extend::Extensions;
 use crate::failure::{Code, Failure};
+use crate::identity::CertificateWarning;
 use crate::jobs::Jobs;
 use crate::measurements;
-use crate::peers::Peers;
+use crate::peers::{Peers, no_such_peer};
 use crate::points;
 use crate::request::{BackupRequest, By, Protect, Request};
 use crate::status::VmView;
@@ -31,6 +31,7 @@ use crate::turn::Turns;
 
 /// The parts of a running site.
 pub(crate) struct Site {
+    pub dir: PathBuf,
     pub config: Arc<Config>,
     pub peers: Arc<Peers>,
     pub events: Events,
@@ -47,12 +48,19 @@ pub(crate) struct Site {
 impl Commands for Site {
     async fn run(self: Arc<Self>, request: Request, reporter: Reporter) -> Result<Value, Failure> {
         match request {
-            Request::PeerInvite { name, vms, quota_bytes } => self.invite(&name, &vms, quota_bytes).await,
-            Request::PeerAccept { invite } => self.accept(&invite).await,
-            Request::PeerList => Ok(json!({ "peers": self.peers.list() })),
+            Request::PeerInvite { name, change, replace } => self.invite(&name, change, replace).await,
+            Request::PeerAccept { invite, change, replace } => self.accept(&invite, change, replace).await,
+            Request::PeerList => self.list_peers().await,
+            Request::PeerShow { name } => self.show_peer(&name).await,
+            Request::PeerAllow { name, change } => self.allow(&name, change).await,
+            Request::PeerRevoke { name } => self.revoke_peer(&name).await,
+            Request::Identity => Ok(self.identity_shown()),
+            Request::IdentityRenew { new_key: false, .. } => self.renew().await,
+            Request::IdentityRenew { new_key: true, force } => self.new_key(force).await,
+            Request::IdentityUse { pair, ca, force } => self.use_certificate(pair, ca, force).await,
             Request::PeerRemove { name } => self.remove_peer(&name).await,
             Request::Protect(protect) => self.protect(*protect).await,
-            Request::Status { vm } => self.status(vm.as_ref()),
+            Request::Status { vm } => self.status(vm.as_ref()).await,
             Request::Points { vm, plan: false } => points::shown(&self.store, self.replica(&vm)?),
             Request::Points { vm, plan: true } => points::plan(&self.store, self.replica(&vm)?),
             Request::Pin { vm, point, name } => self.pin(&vm, point, name).await,
@@ -101,39 +109,6 @@ impl Commands for Site {
 }
 
 impl Site {
-    async fn invite(&self, name: &VmName, vms: &str, quota_bytes: Option<u64>) -> Result<Value, Failure> {
-        let invite = self.peers.invite(name, vms, quota_bytes, self.config.advertised()?).await?;
-        Ok(json!({ "invite": invite.to_string(), "expires_at": rfc3339(invite.expires_at), "peer": name }))
-    }
-
-    async fn accept(&self, line: &str) -> Result<Value, Failure> {
-        let unusable = |error: &dyn std::fmt::Display| Failure::new(Code::Invite, error.to_string());
-        let invite: Invite = line.parse().map_err(|error| unusable(&error))?;
-        let own_address = self.config.advertised()?;
-        let accepted =
-            wire::Client::accept_invite(self.peers.identity(), &invite, &self.config.name, &own_address)
-                .await;
-        let site = accepted.map_err(|error| match error.kind() {
-            wire::ErrorKind::Invite | wire::ErrorKind::Forbidden => unusable(&error),
-            _ => Failure { transient: error.transient(), ..Failure::new(Code::Peer, error.to_string()) },
-        })?;
-        let peer = self.peers.add(site.name, invite.address.clone(), invite.fingerprint).await?;
-        Ok(json!({ "name": peer.name, "address": peer.address, "fingerprint": peer.fingerprint }))
-    }
-
-    async fn remove_peer(&self, name: &str) -> Result<Value, Failure> {
-        let using: Vec<String> = self
-            .primary
-            .status()
-            .into_iter()
-            .chain(self.extensions.status())
-            .filter(|vm| vm.settings.peer == name)
-            .map(|vm| vm.name.to_string())
-            .collect();
-        self.peers.remove(name).await?;
-        Ok(json!({ "removed": name, "vms_without_peer": using }))
-    }
-
     async fn protect(&self, protect: Protect) -> Result<Value, Failure> {
         let name = protect.vm;
         if let Some(vm) = self.store.find(&name) {
@@ -162,7 +137,32 @@ impl Site {
             resync: protect.resync,
         };
         let request = ProtectRequest { name, settings, initial: protect.initial };
+        if protect.take_over {
+            return self.take_over(request).await;
+        }
         self.of_primary(self.primary.protect(request).await)
+    }
+
+    /// Becomes the primary of a VM that another site of the trust group has protected until now.
+    async fn take_over(&self, request: ProtectRequest) -> Result<Value, Failure> {
+        let (name, peer) = (request.name.clone(), request.settings.peer.clone());
+        if self.primary.get(&name).is_some() {
+            return Err(primary::Error::Exists(name).into());
+        }
+        let client = self.peers.client(&peer).ok_or_else(|| no_such_peer(&peer))?;
+        let taken = client.take_over(&name).await.map_err(|error| Failure {
+            transient: error.transient(),
+            ..Failure::new(Code::Peer, error.to_string())
+        })?;
+        let begun =
+            self.primary.take_over(request, taken.vm, taken.generation, ResyncReason::Requested).await;
+        self.of_primary(begun).map_err(|failure| Failure {
+            message: format!(
+                "{name} is this site's at {peer} now, but it could not be begun to replicate it; run the same command again: {}",
+                failure.message
+            ),
+            ..failure
+        })
     }
 
     /// Whether a VM is one whose replica is passed on from here.
@@ -182,8 +182,10 @@ impl Site {
         }
     }
 
-    fn status(&self, only: Option<&VmName>) -> Result<Value, Failure> {
+    async fn status(&self, only: Option<&VmName>) -> Result<Value, Failure> {
+        self.take_up_news().await;
         let now = now();
+        let warnings = self.certificate_warnings();
         let mut vms: Vec<VmView> =
             self.primary.status().iter().map(|status| VmView::of_primary(status, now)).collect();
         let extensions = self.extensions.status();
@@ -201,8 +203,15 @@ impl Site {
                 return Err(no_such_vm(name));
             }
         }
+        for vm in &mut vms {
+            let concerns =
+                |warning: &&CertificateWarning| warning.peer.as_ref().is_none_or(|peer| *peer == vm.peer);
+            if let Some(warning) = warnings.iter().find(concerns) {
+                vm.warn(&warning.message);
+            }
+        }
         vms.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(json!({ "vms": vms }))
+        Ok(json!({ "vms": vms, "warnings": warnings }))
     }
 
     async fn pin(&self, vm: &VmName, point: PointRef, name: Option<PointName>) -> Result<Value, Failure> {

@@ -4,20 +4,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, Peer,
-    Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, UploadState, WireEvent, codes,
+    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId, Newcomer, Offer,
+    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
+    UploadState, WireEvent, codes,
 };
 
+use crate::authority::{Authority, revoked};
 use crate::commands::Site;
 use crate::events::{Event, Events};
+use crate::known::Recognized;
 use crate::peers::Peers;
-use crate::usage::Usage;
 
-/// When a peer that is beyond its quota may ask again.
-const QUOTA_RETRY_S: u64 = 60;
+/// When a peer may ask again whose certificate is not good today.
+const NOT_TODAY_RETRY_S: u64 = 300;
 
 /// What peers talk to.
 pub(crate) struct SiteEndpoint {
@@ -25,7 +28,7 @@ pub(crate) struct SiteEndpoint {
     peers: Arc<Peers>,
     events: Events,
     store: Store,
-    usage: Arc<Usage>,
+    authority: Authority,
     vms_per_peer: usize,
     site: Arc<Site>,
 }
@@ -37,62 +40,15 @@ impl SiteEndpoint {
             peers: site.peers.clone(),
             events: site.events.clone(),
             store: site.store.clone(),
-            usage: Arc::default(),
+            authority: Authority::new(
+                site.config.name.clone(),
+                site.peers.clone(),
+                site.store.clone(),
+                Arc::default(),
+            ),
             vms_per_peer: site.config.replica.vms_per_peer,
             site,
         }
-    }
-
-    /// Whether a peer may replicate a VM of this name; asked at every request, so that rights that were
-    /// narrowed are narrowed at once.
-    fn check_allowed(&self, peer: &Peer, name: &str) -> Result<(), Refused> {
-        if self.peers.get(&peer.name).is_some_and(|row| row.may_send(name)) {
-            return Ok(());
-        }
-        let message = format!(
-            "site {} does not let {} replicate a VM named {name}; its people can invite it again with '--vms'",
-            self.name, peer.name
-        );
-        Err(Refused::forbidden("not-authorized", message))
-    }
-
-    fn check_vm(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
-        // One that is not here is the store's to refuse.
-        self.store.name(vm).map_or(Ok(()), |name| self.check_allowed(peer, name.as_str()))
-    }
-
-    /// Refuses what would take a peer beyond its quota.
-    async fn check_quota(&self, peer: &Peer, more: u64) -> Result<(), Refused> {
-        let Some(quota) = self.peers.get(&peer.name).and_then(|row| row.quota_bytes) else { return Ok(()) };
-        let (usage, name) = (self.usage.clone(), peer.name.clone());
-        let used = self.store.run(move |store| usage.with(store, &name, more)).await;
-        if used <= quota {
-            return Ok(());
-        }
-        let message = format!(
-            "the replicas of {} take up {} MiB at site {}, which gives it {} MiB; free some there, or have it invited again with a larger '--quota'",
-            peer.name,
-            used >> 20,
-            self.name,
-            quota >> 20
-        );
-        Err(Refused::new(RefusedClass::NoSpace, "quota", message).retry_after(QUOTA_RETRY_S))
-    }
-
-    async fn check_count(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
-        if self.store.name(vm).is_some() {
-            return Ok(());
-        }
-        let name = peer.name.clone();
-        let count = self.store.run(move |store| store.of_peer(&name).len()).await;
-        if count < self.vms_per_peer {
-            return Ok(());
-        }
-        let message = format!(
-            "{} has {count} VMs at site {}, and no more are taken; see 'vms-per-peer' in its config.toml",
-            peer.name, self.name
-        );
-        Err(Refused::forbidden("too-many-vms", message))
     }
 
     /// Calls the store, which reads and writes files, on a thread that may wait.
@@ -142,21 +98,44 @@ fn offered(offer: Offer) -> replica::Offer {
 }
 
 impl Endpoint for SiteEndpoint {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        let row = self.peers.by_fingerprint(&fingerprint)?;
-        Some(Peer { name: row.name, fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        match self.peers.recognize(who) {
+            Recognized::Nobody => Ok(None),
+            Recognized::Revoked(row) => Err(revoked(&self.name, &row.name)),
+            Recognized::NotToday(row, why) => {
+                let message = format!("site {} does not take {} for itself: {why}", self.name, row.name);
+                Err(Refused::forbidden(codes::CERTIFICATE_NOT_TODAY, message).retry_after(NOT_TODAY_RETRY_S))
+            }
+            Recognized::Peer(row, is_news) => {
+                if let (true, Some(shown)) = (is_news, &who.shown) {
+                    self.site.learn(&row, shown).await;
+                }
+                Ok(Some(Peer { name: row.name, fingerprint: row.fingerprint }))
+            }
+        }
+    }
+
+    async fn announce(&self, peer: &Peer, next: KeyId) -> Result<(), Refused> {
+        if self.peers.is_known(next) {
+            return Err(Refused::conflict("key-taken", "that key is somebody's already"));
+        }
+        let remembered = self.peers.announced(&peer.name, next).await;
+        remembered.map_err(|failure| Refused::new(RefusedClass::Internal, "internal", failure.message))?;
+        let what = format!("{} will have another key: {next}", peer.name);
+        self.events.note(Event::new("peer-key-announced", what).peer(&peer.name)).await;
+        Ok(())
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
-        let Newcomer { secret, address, fingerprint, .. } = newcomer;
-        let admitted = self.peers.admit(secret.hash(), fingerprint, address).await;
+        let Newcomer { secret, address, fingerprint, shown, .. } = newcomer;
+        let admitted = self.peers.admit(secret.hash(), fingerprint, shown.as_deref(), address).await;
         admitted.map_err(|failure| Refused::forbidden(codes::BAD_INVITE, failure.message))?;
         Ok(SiteInfo { name: self.name.clone(), version: env!("CARGO_PKG_VERSION").to_owned() })
     }
 
     async fn offer(&self, peer: &Peer, offer: Offer) -> Result<RelationshipStatus, Refused> {
-        self.check_allowed(peer, offer.vm_name.as_str())?;
-        self.check_count(peer, offer.vm).await?;
+        self.authority.check_offer(peer, offer.vm, &offer.vm_name)?;
+        self.authority.check_count(peer, offer.vm, self.vms_per_peer).await?;
         let offer = offered(offer);
         self.site.turn_round(peer, &offer).await?;
         let standing = self.store(peer, |store, peer| store.offer(peer, offer)).await?;
@@ -165,21 +144,23 @@ impl Endpoint for SiteEndpoint {
             durable_id: standing.head.id,
             phase: standing.phase,
             refused: standing.refused.map(refused),
+            bandwidth_bytes_per_s: self.peers.limiter(&peer.name).map(|limiter| limiter.bytes_per_s()),
         })
     }
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
-        self.check_vm(peer, vm)?;
+        self.authority.check(peer, Act::Use, vm)?;
         let Report { phase, error, paused } = report;
         self.store(peer, move |store, peer| store.report(peer, vm, phase, error, paused)).await
     }
 
     async fn withdraw(&self, peer: &Peer, vm: VmId) -> Result<(), Refused> {
+        self.authority.check(peer, Act::Withdraw, vm)?;
         self.store(peer, move |store, peer| store.withdraw(peer, vm)).await
     }
 
     async fn hand_over(&self, peer: &Peer, vm: VmId, newest: HandOver) -> Result<HandedOver, Refused> {
-        self.check_vm(peer, vm)?;
+        self.authority.check(peer, Act::Use, vm)?;
         let HandOver { number, id, done } = newest;
         let newest = Head { number, id };
         let disks = self.store(peer, move |store, peer| store.hand_over(peer, vm, newest, done)).await?;
@@ -198,6 +179,16 @@ impl Endpoint for SiteEndpoint {
         Ok(HandedOver { disks: disks.into_iter().map(disk).collect() })
     }
 
+    async fn take_over(&self, peer: &Peer, wanted: TakeOver) -> Result<TakenOver, Refused> {
+        let (vm, before) = self.authority.check_take_over(peer, &wanted.vm_name)?;
+        let generation = self.store(peer, move |store, peer| store.take_over(peer, vm)).await?;
+        if before != peer.name {
+            let what = format!("taken over from {before}: {} is its primary now", peer.name);
+            self.events.note(Event::new("taken-over", what).vm(&wanted.vm_name).peer(&peer.name)).await;
+        }
+        Ok(TakenOver { vm, generation })
+    }
+
     async fn upload_state(
         &self,
         peer: &Peer,
@@ -205,7 +196,7 @@ impl Endpoint for SiteEndpoint {
         number: LogNumber,
         id: LogId,
     ) -> Result<UploadState, Refused> {
-        self.check_vm(peer, vm)?;
+        self.authority.check(peer, Act::Use, vm)?;
         let state = self.store(peer, move |store, peer| store.upload_state(peer, vm, number, id)).await?;
         Ok(UploadState { offset: state.offset, durable: state.durable })
     }
@@ -220,8 +211,8 @@ impl Endpoint for SiteEndpoint {
         bytes: Bytes,
         last: bool,
     ) -> Result<UploadState, Refused> {
-        self.check_vm(peer, vm)?;
-        self.check_quota(peer, bytes.len() as u64).await?;
+        self.authority.check(peer, Act::Use, vm)?;
+        self.authority.check_quota(peer, vm, bytes.len() as u64).await?;
         let end = offset.saturating_add(bytes.len() as u64);
         let append =
             move |store: &Store, peer: &str| store.append(peer, vm, number, id, offset, &bytes, last);
@@ -232,8 +223,12 @@ impl Endpoint for SiteEndpoint {
         Ok(UploadState { offset: state.offset, durable: state.durable })
     }
 
+    fn pace(&self, peer: &Peer) -> Option<RateLimiter> {
+        self.peers.limiter(&peer.name)
+    }
+
     async fn digests(&self, peer: &Peer, vm: VmId, request: DigestRequest) -> Result<Vec<u8>, Refused> {
-        self.check_vm(peer, vm)?;
+        self.authority.check(peer, Act::Use, vm)?;
         let DigestRequest { disk, offset, len, block_bytes } = request;
         let digests =
             move |store: &Store, peer: &str| store.digests(peer, vm, &disk, offset, len, block_bytes);

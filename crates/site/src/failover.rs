@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{INTERVAL_DEFAULT_SECONDS, InitialStart, PointRef, ResyncPolicy, VmId, VmName};
+use model::{INTERVAL_DEFAULT_SECONDS, InitialStart, PointRef, ResyncPolicy, ResyncReason, VmId, VmName};
 use primary::{Monitor, ProtectRequest, Settings};
 use qemu::{Layer, Qmp, rest_layers};
 use serde_json::{Value, json};
@@ -213,7 +213,8 @@ impl Site {
             resync: ResyncPolicy::Automatic,
         };
         let request = ProtectRequest { name: vm.clone(), settings, initial: InitialStart::Now };
-        let status = self.primary.take_over(request, fence.vm, fence.generation).await?;
+        let status =
+            self.primary.take_over(request, fence.vm, fence.generation, ResyncReason::Reversed).await?;
         let what = format!("replicated the other way now, to {}", status.settings.peer);
         self.events.note(Event::new("failover-reversed", what).vm(&vm)).await;
         Ok(json!(VmView::of_primary(&status, crate::clock::now())))

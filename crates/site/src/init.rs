@@ -111,7 +111,7 @@ pub(crate) fn make_folder(path: &Path, mode: u32) -> Result<(), Failure> {
 }
 
 /// Writes a file that is whole or absent, and durable.
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Failure> {
+pub(crate) fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Failure> {
     let partial = path.with_extension("partial");
     let written = (|| {
         let mut file =

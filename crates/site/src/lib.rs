@@ -9,6 +9,7 @@
 //! What it does not do: decide (that is `model` and `chain`), move disk bytes (`primary`, `replica`,
 //! `repository`), parse a command line (`cli`).
 
+mod authority;
 mod backup;
 mod checks;
 mod clock;
@@ -16,13 +17,16 @@ mod commands;
 mod config;
 mod control;
 mod endpoint;
+mod entry;
 mod events;
 mod exports;
 mod extend;
 mod failover;
 mod failure;
+mod identity;
 mod init;
 mod jobs;
+mod known;
 mod measurements;
 mod peers;
 mod points;
@@ -33,6 +37,7 @@ mod serve;
 mod source;
 mod status;
 mod trials;
+mod trust;
 mod turn;
 mod usage;
 
@@ -40,6 +45,7 @@ pub use backup::open_repository;
 pub use clock::rfc3339;
 pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
+pub use entry::{Change, EntryChange};
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
 pub use primary::Changes;

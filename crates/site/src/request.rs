@@ -8,6 +8,7 @@ use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, W
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::entry::EntryChange;
 use crate::failure::Failure;
 
 /// A command to a running site.
@@ -18,19 +19,62 @@ pub enum Request {
     PeerInvite {
         /// What the peer will be called here.
         name: VmName,
-        /// Which VMs it may replicate to this site: a pattern with `*`.
-        vms: String,
-        /// How many bytes its replicas may take up here; none for as much as there is.
+        /// What it may do here, where that is not what a new peer may.
+        #[serde(flatten)]
+        change: EntryChange,
+        /// A trusted peer of this name is to be replaced.
         #[serde(default)]
-        quota_bytes: Option<u64>,
+        replace: bool,
     },
     /// Accepts an invite of another site.
     PeerAccept {
         /// The line.
         invite: String,
+        /// What the site that has made it may do here, where that is not what a new peer may.
+        #[serde(flatten)]
+        change: EntryChange,
+        /// A trusted peer of its name is to be replaced.
+        #[serde(default)]
+        replace: bool,
     },
     /// Lists the peers.
     PeerList,
+    /// Everything about one peer.
+    PeerShow {
+        /// Its name.
+        name: String,
+    },
+    /// Changes what a peer may do here.
+    PeerAllow {
+        /// Its name.
+        name: String,
+        /// What changes.
+        #[serde(flatten)]
+        change: EntryChange,
+    },
+    /// Takes back all that a peer may do here; its entry and its replicas stay.
+    PeerRevoke {
+        /// Its name.
+        name: String,
+    },
+    /// Everything about this site's certificate.
+    Identity,
+    /// Makes a new certificate for this site.
+    IdentityRenew {
+        /// For another key, which the peers are told of first.
+        new_key: bool,
+        /// Whoever cannot be told is left to be invited anew.
+        force: bool,
+    },
+    /// Has this site show a certificate that people have, or trust their CA.
+    IdentityUse {
+        /// The certificate, those between it and the CA after it, and its key.
+        pair: Option<(PathBuf, PathBuf)>,
+        /// The CA.
+        ca: Option<PathBuf>,
+        /// Whoever cannot be told is left to be invited anew.
+        force: bool,
+    },
     /// Ends the trust in a peer.
     PeerRemove {
         /// Its name.
@@ -283,6 +327,9 @@ pub struct Protect {
     /// How the initial replication is to begin.
     #[serde(default)]
     pub initial: InitialStart,
+    /// The VM was moved here from another site of the same trust group: its replica stays, and is compared with it.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// How a replica is to be passed on to a third site.

@@ -22,6 +22,7 @@ use crate::events::Events;
 use crate::exports::Exports;
 use crate::extend::{Extensions, ReplicaPorts};
 use crate::failure::{Code, Failure};
+use crate::identity;
 use crate::jobs::Jobs;
 use crate::peers::Peers;
 use crate::trials::Trials;
@@ -41,9 +42,9 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     })?;
     let address =
         listener.local_addr().map_or_else(|_| config.listen.to_string(), |address| address.to_string());
-    let identity = Identity::load(dir).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
+    let own = Identity::load(dir).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
     let stop = CancellationToken::new();
-    let site = open(dir, config, &identity, &stop).await?;
+    let site = open(dir, config, &own, &stop).await?;
     site.take_up_failovers().await;
     site.primary.start()?;
     site.extensions.start()?;
@@ -52,7 +53,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     let endpoint = Arc::new(SiteEndpoint::new(site.clone()));
     let served = tokio::spawn({
         let (stop, router) = (stop.clone(), wire::router(endpoint));
-        async move { wire::serve(listener, &identity, router, stop.cancelled_owned()).await }
+        async move { wire::serve(listener, &own, router, stop.cancelled_owned()).await }
     });
     let controlled = tokio::spawn(control::serve(commands, site.clone(), stop.clone()));
     let exported = tokio::spawn(site.exports.serve(stop.clone()));
@@ -60,12 +61,17 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
         let (site, stop) = (site.clone(), stop.clone());
         async move { site.checks.run_scheduled(&site.store, stop).await }
     });
+    let watched = tokio::spawn({
+        let site = site.clone();
+        async move { site.watch_certificates().await }
+    });
     ready(&address);
     tracing::info!(%address, "the site is running");
     wait_for_signal().await?;
     tracing::info!("the site is stopping");
     stop.cancel();
     scheduled.abort(); // its QEMU goes with it
+    watched.abort();
     tokio::join!(site.primary.shutdown(), site.extensions.shutdown());
     site.trials.end_all().await;
     // Callers that wait have been told by now; a connection that does not end must not keep us.
@@ -82,16 +88,17 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
 async fn open(
     dir: &Path,
     config: Config,
-    identity: &Identity,
+    own: &Identity,
     stop: &CancellationToken,
 ) -> Result<Arc<Site>, Failure> {
     let catalog = Catalog::open(dir.join("catalog.sqlite"))?;
     let events = Events::open(catalog.clone())?;
-    let peers = Arc::new(Peers::open(catalog.clone(), identity.clone())?);
+    let peers = Arc::new(Peers::open(catalog.clone(), own.clone(), identity::load_ca(dir)?)?);
     let primary =
         Primary::open(catalog.clone(), primary_config(&config), primary_ports(dir, &config, peers.clone())?)?;
     let store = {
-        let (catalog, settings) = (catalog.clone(), store_config(dir, &config));
+        let settings = replica::Config { storages: peers.storages(), ..store_config(dir, &config) };
+        let catalog = catalog.clone();
         let opened = tokio::task::spawn_blocking(move || Store::open(catalog, settings)).await;
         opened.map_err(|error| Failure::new(Code::Internal, error.to_string()))?.map_err(Failure::from)?
     };
@@ -111,9 +118,12 @@ async fn open(
     let exports = Arc::new(exports);
     let shown = exports.clone();
     store.ask_who_reads_below(move |vm| shown.is_failover_read(vm));
+    let granted = peers.clone();
+    store.ask_where_replicas_go(move |peer| granted.storage(peer));
     let checks = Checks::open(dir, config.boot.clone(), checked, exports.clone(), events.clone())?;
     let trials = Trials::open(dir.join("run/tests"), exports.clone())?;
     Ok(Arc::new(Site {
+        dir: dir.to_owned(),
         config,
         peers,
         events,

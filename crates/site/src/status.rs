@@ -259,6 +259,14 @@ impl VmView {
 }
 
 impl VmView {
+    /// Lets its health say what is no trouble of the relationship itself, and will be if nobody looks.
+    pub(crate) fn warn(&mut self, reason: &str) {
+        if self.health == model::Health::Normal {
+            self.health = model::Health::Warning;
+            reason.clone_into(&mut self.health_reason);
+        }
+    }
+
     /// A replica kept here.
     #[must_use]
     pub fn of_replica(vm: VmId, status: &replica::ReplicaStatus, now: Timestamp) -> Self {

@@ -6,7 +6,10 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use model::authorization::OverQuota;
 use replica::Store;
+
+use crate::entry::PeerRow;
 
 /// So long a sum is good: it looks at every file of the peer's replicas. What has arrived since is added to it.
 const GOOD_FOR: Duration = Duration::from_secs(10);
@@ -22,14 +25,26 @@ struct Sum {
 }
 
 impl Usage {
-    /// The bytes that the replicas of a peer take up here, with `more` that it is about to bring. Reads the
-    /// metadata of files: call it on a thread that may wait.
-    pub fn with(&self, store: &Store, peer: &str, more: u64) -> u64 {
-        let known = self.lock().get(peer).copied().filter(|sum| sum.at.elapsed() < GOOD_FOR);
-        let sum = known.unwrap_or_else(|| Sum { at: Instant::now(), bytes: used_bytes(store, peer) });
-        let bytes = sum.bytes.saturating_add(more);
-        self.lock().insert(peer.to_owned(), Sum { bytes, ..sum });
-        bytes
+    /// Takes `more_bytes` that a peer is about to bring into its sum, if its quota has room for them. Nobody is refused
+    /// for what has gone meanwhile. Reads the metadata of files: call it on a thread that may wait.
+    pub fn admit(&self, store: &Store, peer: &PeerRow, more_bytes: u64) -> Result<(), OverQuota> {
+        let known = self.lock().get(&peer.name).copied().filter(|sum| sum.at.elapsed() < GOOD_FOR);
+        let fits = |sum: &Sum| peer.entry.admit_bytes(sum.bytes, more_bytes).is_ok();
+        let sum = known
+            .filter(fits)
+            .unwrap_or_else(|| Sum { at: Instant::now(), bytes: used_bytes(store, &peer.name) });
+        let admitted = peer.entry.admit_bytes(sum.bytes, more_bytes);
+        let taken = if admitted.is_ok() { more_bytes } else { 0 };
+        // Others of the same peer may have been admitted in between: what they bring counts too.
+        let mut sums = self.lock();
+        let latest = sums.get(&peer.name).filter(|latest| latest.at == sum.at).copied().unwrap_or(sum);
+        sums.insert(peer.name.clone(), Sum { bytes: latest.bytes.saturating_add(taken), ..latest });
+        admitted
+    }
+
+    /// The next sum is made anew.
+    pub fn forget(&self, peer: &str) {
+        self.lock().remove(peer);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Sum>> {
@@ -37,7 +52,8 @@ impl Usage {
     }
 }
 
-fn used_bytes(store: &Store, peer: &str) -> u64 {
+/// The bytes that the replicas of a peer take up here. Reads the metadata of files.
+pub(crate) fn used_bytes(store: &Store, peer: &str) -> u64 {
     let of_peer = store.of_peer(peer).into_iter().filter_map(|vm| store.status(vm).ok());
     of_peer.map(|status| allocated_bytes(&status.folder)).fold(0, u64::saturating_add)
 }

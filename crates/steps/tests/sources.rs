@@ -27,6 +27,8 @@ const HELPERS: &[(&str, &str)] = &[
     ("replica", "sync"),
     ("repository", "make_durable"),
     ("site", "write_new"),
+    ("wire", "rename"),
+    ("wire", "sync_dir"),
     ("wire", "write_new"),
 ];
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, VmId};
 use wire::{
-    Client, DigestRequest, Endpoint, Fingerprint, Identity, Newcomer, Offer, Peer, RateLimiter, Refused,
+    Client, ClientIdentity, DigestRequest, Endpoint, Identity, Newcomer, Offer, Peer, RateLimiter, Refused,
     RelationshipStatus, Report, SiteInfo, UploadState, Uploader, WireEvent,
 };
 
@@ -18,8 +18,8 @@ const WRITE_BYTES: usize = 256 * 1024;
 struct Sink;
 
 impl Endpoint for Sink {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        Some(Peer { name: "source".to_owned(), fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        Ok(who.fingerprint.map(|fingerprint| Peer { name: "source".to_owned(), fingerprint }))
     }
 
     async fn accept_invite(&self, _newcomer: Newcomer) -> Result<SiteInfo, Refused> {
@@ -28,7 +28,13 @@ impl Endpoint for Sink {
 
     async fn offer(&self, _peer: &Peer, _offer: Offer) -> Result<RelationshipStatus, Refused> {
         let (durable, durable_id) = (LogNumber::ZERO, LogId::NONE);
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, _peer: &Peer, _vm: VmId, _report: Report) -> Result<(), Refused> {

@@ -10,6 +10,7 @@ use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout_at};
 
+use crate::limiter::RateLimiter;
 use crate::limits::{JSON_BYTES_MAX, Limits, SEGMENT_BYTES};
 use crate::messages::{Refused, RefusedClass, codes};
 use crate::routes::Denied;
@@ -18,15 +19,17 @@ use crate::routes::Denied;
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// How long a body may pause, and how long it may take.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Pace {
     idle: Duration,
     all: Duration,
+    /// What keeps us from reading on at once. How long it does counts for neither of the two.
+    limiter: Option<RateLimiter>,
 }
 
 /// Reads a JSON body.
 pub(crate) async fn read_json<T: DeserializeOwned>(body: Body, limits: &Limits) -> Result<T, Denied> {
-    let pace = Pace { idle: limits.body_idle, all: limits.json_body };
+    let pace = Pace { idle: limits.body_idle, all: limits.json_body, limiter: None };
     let bytes = read(body, JSON_BYTES_MAX, pace).await?;
     serde_json::from_slice(&bytes).map_err(|error| {
         let message = format!("the body is not the JSON that is expected here: {error}");
@@ -34,9 +37,13 @@ pub(crate) async fn read_json<T: DeserializeOwned>(body: Body, limits: &Limits) 
     })
 }
 
-/// Reads the bytes of a segment.
-pub(crate) async fn read_segment(body: Body, limits: &Limits) -> Result<Bytes, Denied> {
-    read(body, SEGMENT_BYTES, Pace { idle: limits.body_idle, all: limits.segment_body }).await
+/// Reads the bytes of a segment, no faster than `limiter` lets: the sender's connection fills, and he waits.
+pub(crate) async fn read_segment(
+    body: Body,
+    limits: &Limits,
+    limiter: Option<RateLimiter>,
+) -> Result<Bytes, Denied> {
+    read(body, SEGMENT_BYTES, Pace { idle: limits.body_idle, all: limits.segment_body, limiter }).await
 }
 
 /// The body's length as its head says, if that is within `max`.
@@ -56,7 +63,7 @@ pub(crate) fn check_length(body: &Body, max: usize) -> Result<usize, Denied> {
 
 async fn read(mut body: Body, max: usize, pace: Pace) -> Result<Bytes, Denied> {
     let length = check_length(&body, max)?;
-    let end = Instant::now() + pace.all;
+    let mut end = Instant::now() + pace.all;
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     let mut has = 0;
@@ -69,6 +76,11 @@ async fn read(mut body: Body, max: usize, pace: Pace) -> Result<Bytes, Denied> {
             Ok(Some(Ok(frame))) => frame.into_data().unwrap_or_default(),
         };
         has += data.len();
+        if let Some(limiter) = &pace.limiter {
+            let before = Instant::now();
+            limiter.take(data.len()).await;
+            end += before.elapsed();
+        }
         match () {
             () if has == data.len() => first = data, // what comes in one piece is not copied
             () if whole.is_empty() => {

@@ -1,16 +1,17 @@
 //! Asks a peer.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
-use model::{LogId, LogNumber, Timestamp, VmId};
+use model::{LogId, LogNumber, Timestamp, VmId, VmName};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_rustls::TlsConnector;
 
+use crate::certificate::Shown;
 use crate::connection::{Connection, connector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::identity::{Fingerprint, Identity};
@@ -19,10 +20,12 @@ use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
     DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, Offer, RelationshipStatus, Report,
-    SiteInfo, UploadState, check_site_name, tidy,
+    SiteInfo, TakeOver, TakenOver, UploadState, check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
-use crate::tls;
+use crate::succession::NextKey;
+use crate::tls::{self, KnownServer};
+use crate::trust::{Ca, Pin};
 
 /// How long a peer may think about a question, and about one that makes it read a disk.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
@@ -40,6 +43,16 @@ pub struct Client {
     address: String,
     connector: TlsConnector,
     idle: Mutex<Vec<Connection>>,
+    seen: Arc<Mutex<Option<Shown>>>,
+}
+
+/// What came of an invite.
+#[derive(Debug, Clone)]
+pub struct Accepted {
+    /// What the site that made it says of itself.
+    pub site: SiteInfo,
+    /// Its certificate.
+    pub shown: Option<Shown>,
 }
 
 impl fmt::Debug for Client {
@@ -93,9 +106,32 @@ impl<'a> Question<'a> {
 impl Client {
     /// A client for the peer at `address` (`host:port`) with this certificate; connects when it is needed.
     pub fn new(identity: &Identity, address: impl Into<String>, peer: Fingerprint) -> Result<Self> {
-        let config = tls::client_config(identity, peer)
+        Self::knowing(identity, address, peer.into(), None)
+    }
+
+    /// The same for a peer that is known by more, or by other things, than one certificate.
+    pub fn knowing(
+        identity: &Identity,
+        address: impl Into<String>,
+        pin: Pin,
+        ca: Option<Ca>,
+    ) -> Result<Self> {
+        let seen: Arc<Mutex<Option<Shown>>> = Arc::default();
+        let config = tls::client_config(identity, KnownServer { pin, ca, seen: seen.clone() })
             .map_err(|error| Error::protocol(format!("TLS cannot be set up: {error}")))?;
-        Ok(Self { address: address.into(), connector: connector(config), idle: Mutex::default() })
+        Ok(Self { address: address.into(), connector: connector(config), idle: Mutex::default(), seen })
+    }
+
+    /// The certificate that the peer has shown last, on a connection that was trusted.
+    #[must_use]
+    pub fn seen(&self) -> Option<Shown> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells the peer which key this site will have next.
+    pub async fn announce(&self, next: &NextKey) -> Result<()> {
+        let question = Question::new(Method::POST, "/v1/next-key".to_owned(), "announce a key");
+        self.ask(question.json(next)?).await.map(drop)
     }
 
     /// Where the peer is.
@@ -111,7 +147,7 @@ impl Client {
         invite: &Invite,
         name: &str,
         address: &str,
-    ) -> Result<SiteInfo> {
+    ) -> Result<Accepted> {
         let unusable = |error: &dyn fmt::Display| Error::new(ErrorKind::Invite, error.to_string());
         invite.check_time(Timestamp::from(std::time::SystemTime::now())).map_err(|error| unusable(&error))?;
         let client = Self::new(identity, invite.address.as_str(), invite.fingerprint)?;
@@ -127,7 +163,7 @@ impl Client {
         };
         let site: SiteInfo = client.ask_json(question).await?;
         check_site_name(&site.name).map_err(|error| Error::protocol(error.to_string()))?;
-        Ok(site)
+        Ok(Accepted { site, shown: client.seen() })
     }
 
     /// Offers a relationship, or says again what it is, and hears what the replica has.
@@ -154,6 +190,13 @@ impl Client {
             self.ask_json(Question::new(Method::POST, path, "hand over").json(newest)?).await?;
         handed.tidy();
         Ok(handed)
+    }
+
+    /// Becomes the primary of a VM whose replica is there, in the place of another site of the same trust group.
+    pub async fn take_over(&self, vm_name: &VmName) -> Result<TakenOver> {
+        let wanted = TakeOver { vm_name: vm_name.clone() };
+        let question = Question::new(Method::POST, "/v1/take-over".to_owned(), "take over").json(&wanted)?;
+        self.ask_json(question).await
     }
 
     /// The digests of a stretch of a disk in the replica's newest state.

@@ -15,6 +15,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::outgoing::{Outgoing, Progress};
+use crate::trust::Distrust;
 use crate::{socket, tls};
 
 /// How long TCP and TLS together may take.
@@ -125,9 +126,12 @@ fn tls_error(error: std::io::Error) -> Error {
     };
     match tls {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
-            let wrong = other.0.downcast_ref::<tls::WrongCertificate>();
-            let message = wrong.map_or_else(|| tls.to_string(), ToString::to_string);
-            let advice = "was its identity made anew, or does somebody else answer at that address? If it is its own, remove the peer and invite it again";
+            let distrust = other.0.downcast_ref::<Distrust>();
+            let message = distrust.map_or_else(|| tls.to_string(), ToString::to_string);
+            if matches!(distrust, Some(Distrust::NotToday { .. })) {
+                return Error::new(ErrorKind::CertificateNotToday, message);
+            }
+            let advice = "was its identity made anew, or does somebody else answer at that address? If it is its own, invite it again with --replace, or accept its invite with --replace";
             Error::new(ErrorKind::WrongCertificate, format!("{message}; {advice}"))
         }
         rustls::Error::InvalidCertificate(_) => Error::new(

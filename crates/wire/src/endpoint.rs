@@ -2,14 +2,18 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use model::{LogId, LogNumber, VmId};
 
+use crate::certificate::{KeyId, Shown};
 use crate::identity::Fingerprint;
 use crate::invite::Secret;
+use crate::limiter::RateLimiter;
 use crate::messages::{
-    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, UploadState,
+    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, TakeOver,
+    TakenOver, UploadState,
 };
 
 /// Another site that this one trusts.
@@ -22,12 +26,14 @@ pub struct Peer {
 }
 
 /// Who is at the other end of a connection. [`crate::serve`] puts it into the extensions of each request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientIdentity {
     /// Its address.
     pub remote: SocketAddr,
     /// The certificate that it showed, if it did. It holds that certificate's key.
     pub fingerprint: Option<Fingerprint>,
+    /// What that certificate says, as far as it can be read.
+    pub shown: Option<Arc<Shown>>,
 }
 
 /// A site that brings an invite.
@@ -41,6 +47,8 @@ pub struct Newcomer {
     pub address: String,
     /// Its certificate.
     pub fingerprint: Fingerprint,
+    /// What that says, as far as it can be read.
+    pub shown: Option<Arc<Shown>>,
     /// Where it really called from.
     pub remote: SocketAddr,
 }
@@ -77,11 +85,20 @@ pub struct WireEvent {
 ///
 /// What it must do itself: decide whether that peer may do that to that VM.
 pub trait Endpoint: Send + Sync + 'static {
-    /// The peer with this certificate. Asked for every request, so that removing a peer works at once.
-    fn find_peer(&self, fingerprint: Fingerprint) -> impl Future<Output = Option<Peer>> + Send;
+    /// The peer that somebody with a certificate is, if it is one. Asked for every request, so that removing a peer works
+    /// at once. One that is known and turned away, whatever it asks, is told why.
+    fn find_peer(&self, who: &ClientIdentity) -> impl Future<Output = Result<Option<Peer>, Refused>> + Send;
 
     /// A site brings an invite: checks secret and expiry, uses the invite up and remembers the peer.
     fn accept_invite(&self, newcomer: Newcomer) -> impl Future<Output = Result<SiteInfo, Refused>> + Send;
+
+    /// A peer tells which key it will have next, and has proved that it holds it: it is the same peer with that key, until it has shown it, with both. A
+    /// site that cannot remember it refuses.
+    fn announce(&self, peer: &Peer, _next: KeyId) -> impl Future<Output = Result<(), Refused>> + Send {
+        let message =
+            format!("this site cannot know {} by another key; it has to be invited anew", peer.name);
+        std::future::ready(Err(Refused::forbidden("not-remembered", message)))
+    }
 
     /// A primary offers a relationship, for the first time or again.
     fn offer(
@@ -109,6 +126,17 @@ pub trait Endpoint: Send + Sync + 'static {
         newest: HandOver,
     ) -> impl Future<Output = Result<HandedOver, Refused>> + Send;
 
+    /// A peer to whose site a VM was moved becomes its primary in another one's place. Asked again, the answer is the
+    /// same. A site may let nobody do so.
+    fn take_over(
+        &self,
+        _peer: &Peer,
+        vm: TakeOver,
+    ) -> impl Future<Output = Result<TakenOver, Refused>> + Send {
+        let message = format!("VM {} is not given to another peer here", vm.vm_name);
+        std::future::ready(Err(Refused::forbidden("forbidden", message)))
+    }
+
     /// How much of a log is here. A log of which nothing is here yet has offset 0; one that is durable says
     /// so, for as long as it is the newest.
     fn upload_state(
@@ -132,6 +160,11 @@ pub trait Endpoint: Send + Sync + 'static {
         bytes: Bytes,
         last: bool,
     ) -> impl Future<Output = Result<UploadState, Refused>> + Send;
+
+    /// How fast the logs of a peer are read, over all its VMs; none for as fast as they come.
+    fn pace(&self, _peer: &Peer) -> Option<RateLimiter> {
+        None
+    }
 
     /// The digests of a stretch of a disk in its newest state, 16 bytes each, one after the other.
     fn digests(

@@ -11,6 +11,8 @@ use crate::messages::Refused;
 pub enum ErrorKind {
     /// The peer's certificate is not the one that was pinned. Nothing was sent to it.
     WrongCertificate,
+    /// The peer's certificate is its own, and our CA's, and its time is over or has not come. Nothing was sent to it.
+    CertificateNotToday,
     /// The peer wants a client certificate and got none (401).
     Unauthorized,
     /// The peer does not know us (any more), or we may not do that there (403).
@@ -86,12 +88,13 @@ impl Error {
     #[must_use]
     pub fn transient(&self) -> bool {
         match self.kind {
-            ErrorKind::Link | ErrorKind::Timeout | ErrorKind::Protocol => true,
-            ErrorKind::Refused => self.refused.as_ref().is_some_and(|refused| refused.transient),
-            ErrorKind::WrongCertificate
-            | ErrorKind::Unauthorized
-            | ErrorKind::Forbidden
-            | ErrorKind::Invite => false,
+            ErrorKind::Link | ErrorKind::Timeout | ErrorKind::Protocol | ErrorKind::CertificateNotToday => {
+                true
+            }
+            ErrorKind::Refused | ErrorKind::Forbidden => {
+                self.refused.as_ref().is_some_and(|refused| refused.transient)
+            }
+            ErrorKind::WrongCertificate | ErrorKind::Unauthorized | ErrorKind::Invite => false,
         }
     }
 

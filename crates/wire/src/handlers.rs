@@ -14,9 +14,11 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, check_site_name, codes,
+    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, TakeOver, check_site_name,
+    codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
+use crate::succession::NextKey;
 
 /// How long somebody should wait who came when too many segments were arriving.
 const BUSY_RETRY_S: u64 = 1;
@@ -35,7 +37,7 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
     let introduction: Introduction = read_json(body, &call.site.limits).await?;
     check_site_name(&introduction.name).map_err(|error| bad_body(error.to_string()))?;
     check_address(&introduction.address).map_err(|error| bad_body(error.to_string()))?;
-    let (Some(fingerprint), Some(client)) = (call.fingerprint(), call.client) else {
+    let (Some(fingerprint), Some(client)) = (call.fingerprint(), call.client.clone()) else {
         return Err(bad_body("a client certificate is needed".to_owned()));
     };
     let newcomer = Newcomer {
@@ -43,6 +45,7 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
         name: introduction.name,
         address: introduction.address,
         fingerprint,
+        shown: client.shown,
         remote: client.remote,
     };
     match call.site.endpoint.accept_invite(newcomer).await {
@@ -52,6 +55,17 @@ pub(crate) async fn accept_invite<E: Endpoint>(call: Arc<Call<E>>, body: Body) -
             Err(refused.into())
         }
     }
+}
+
+/// `POST /v1/next-key`
+pub(crate) async fn announce<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let next: NextKey = read_json(body, &call.site.limits).await?;
+    let shown = call.client.as_ref().and_then(|client| client.shown.clone());
+    let proved = shown.and_then(|shown| next.prove(shown.key));
+    let proved =
+        proved.ok_or_else(|| bad_body("it is not signed by that key, to follow the one shown".to_owned()))?;
+    call.site.endpoint.announce(call.peer()?, proved).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// `PUT /v1/relationships/{vm}`
@@ -88,6 +102,13 @@ pub(crate) async fn hand_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> An
     let newest: HandOver = read_json(body, &call.site.limits).await?;
     let handed = call.site.endpoint.hand_over(call.peer()?, vm, newest).await?;
     Ok(json(StatusCode::OK, &handed))
+}
+
+/// `POST /v1/take-over`
+pub(crate) async fn take_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let wanted: TakeOver = read_json(body, &call.site.limits).await?;
+    let taken = call.site.endpoint.take_over(call.peer()?, wanted).await?;
+    Ok(json(StatusCode::OK, &taken))
 }
 
 /// `POST /v1/relationships/{vm}/digests`
@@ -144,7 +165,7 @@ pub(crate) async fn append<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answe
     let limits = &call.site.limits;
     let room = tokio::time::timeout(limits.segment_turn, call.site.segments.take(peer.fingerprint)).await;
     let _room = room.map_err(|_| busy("more uploads arrive than this site takes at once"))?;
-    let bytes = read_segment(body, limits).await?;
+    let bytes = read_segment(body, limits, call.site.endpoint.pace(peer)).await?;
     let _turn = call.site.locks.lock(vm).await;
     let state = call.site.endpoint.append(peer, vm, number, id, place.offset, bytes, place.last).await?;
     Ok(json(StatusCode::OK, &state))

@@ -5,7 +5,7 @@
 //! `docs/format/wire-v1.md` and `docs/format/invite-v1.md` describe what travels.
 //!
 //! What holds:
-//! * A site is its certificate, known by [`Fingerprint`]. A client talks to exactly the one it was told; a
+//! * A site is its key, or a name that a CA vouches for ([`Pin`]). A client talks to exactly the one it was told; a
 //!   server learns which one asks, and the site is asked about it for every request.
 //! * No certificate: 401. One of nobody we know, or of a peer that was removed: 403. Each such request, and
 //!   each [`Refused`], comes to [`Endpoint::note`] before it is answered.
@@ -19,6 +19,7 @@
 
 mod attempts;
 mod body;
+mod certificate;
 mod client;
 mod connection;
 mod digest;
@@ -37,21 +38,27 @@ mod routes;
 mod server;
 mod shares;
 mod socket;
+mod succession;
 mod tls;
+mod trust;
 mod upload;
 
-pub use client::Client;
+pub use certificate::{KeyId, Shown};
+pub use client::{Accepted, Client};
 pub use digest::{block_digest, zero_digest};
 pub use endpoint::{ClientIdentity, Endpoint, Newcomer, Peer, WireEvent};
 pub use error::{Error, ErrorKind, Result};
-pub use identity::{Fingerprint, FingerprintError, Identity, IdentityError};
+pub use identity::{Fingerprint, FingerprintError, Identity, IdentityError, RENEW_BEFORE};
 pub use invite::{Invite, InviteError, Secret, SecretHash};
 pub use limiter::RateLimiter;
 pub use limits::{CONNECTIONS_MAX, DIGESTS_MAX, JSON_BYTES_MAX, Limits, SEGMENT_BYTES, SEGMENTS_MAX};
 pub use messages::{
     DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, Refused, RefusedClass,
-    RelationshipStatus, Report, SiteInfo, SiteNameError, UploadState, check_site_name, codes,
+    RelationshipStatus, Report, SiteInfo, SiteNameError, TakeOver, TakenOver, UploadState, check_site_name,
+    codes,
 };
 pub use routes::{router, router_with};
 pub use server::{serve, serve_with};
+pub use succession::NextKey;
+pub use trust::{Ca, Distrust, Pin, check_certificate_name};
 pub use upload::Uploader;

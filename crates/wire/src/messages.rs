@@ -132,6 +132,10 @@ pub struct RelationshipStatus {
     /// Why the replica would take no log now (a failover, no space), if it would not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
+    /// How fast the replica's site takes this peer's logs, in bytes per second over all its VMs, if it does not take them
+    /// as they come. Who sends faster waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes_per_s: Option<u64>,
 }
 
 /// A primary tells where it stands, between offers.
@@ -155,6 +159,22 @@ pub struct HandOver {
     /// Only asks whether that was done already: an answer may have been lost.
     #[serde(default)]
     pub done: bool,
+}
+
+/// A peer wants to be the primary of a VM whose replica is here and another peer's: the VM was moved to its site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeOver {
+    /// What the VM is called at the replica's site.
+    pub vm_name: VmName,
+}
+
+/// The VM is that peer's now, and only what it sends from now on is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenOver {
+    /// The VM.
+    pub vm: VmId,
+    /// Its generation: older ones are of the primary before.
+    pub generation: u64,
 }
 
 /// What a VM that was handed over is to be started from.
@@ -329,6 +349,10 @@ pub mod codes {
     pub const BUSY: &str = "busy";
     /// The bytes do not continue what the replica has (409): ask for the state, then go on from there.
     pub const WRONG_OFFSET: &str = "wrong-offset";
+    /// The client's certificate is one that our CA has issued for a peer, and its time is over or has not come (403).
+    pub const CERTIFICATE_NOT_TODAY: &str = "certificate-not-today";
+    /// All that the peer might do here was taken back (403).
+    pub const REVOKED: &str = "revoked";
     /// An invite's secret is not one of this site's, or was used, or has expired (403).
     pub const BAD_INVITE: &str = "bad-invite";
 }

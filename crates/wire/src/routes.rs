@@ -25,7 +25,9 @@ use crate::attempts::{Attempts, Verdict};
 use crate::body::drain;
 use crate::doors::{Place, network};
 use crate::endpoint::{ClientIdentity, Endpoint, Peer, WireEvent};
-use crate::handlers::{accept_invite, append, digests, hand_over, offer, report, upload_state, withdraw};
+use crate::handlers::{
+    accept_invite, announce, append, digests, hand_over, offer, report, take_over, upload_state, withdraw,
+};
 use crate::identity::Fingerprint;
 use crate::limits::Limits;
 use crate::locks::VmLocks;
@@ -55,6 +57,8 @@ pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
             "/v1/peers",
             post(|site: Of<E>, r| answer(site.0, "accept-invite", AnyCertificate, r, accept_invite)),
         )
+        .route("/v1/next-key", post(|site: Of<E>, r| answer(site.0, "announce", Peers, r, announce)))
+        .route("/v1/take-over", post(|site: Of<E>, r| answer(site.0, "take-over", Peers, r, take_over)))
         .route(
             "/v1/relationships/{vm}",
             put(|site: Of<E>, r| answer(site.0, "offer", Peers, r, offer))
@@ -150,14 +154,17 @@ where
     Fut: Future<Output = Result<Response, Denied>> + Send + 'static,
 {
     let (mut parts, body) = request.into_parts();
-    let client = parts.extensions.get::<ClientIdentity>().copied();
+    let client = parts.extensions.get::<ClientIdentity>().cloned();
     let params = RawPathParams::from_request_parts(&mut parts, &()).await;
     let ids = params.iter().flatten().map(|(name, text)| (name.to_owned(), text.to_owned())).collect();
     let mut call = Call { site, operation, client, peer: None, vm: None, ids, parts };
     let task = tokio::spawn(async move {
         if let Err(denied) = call.admit(admit).await {
             drain(body).await;
-            return call.deny(denied).await;
+            let mut response = call.deny(denied).await;
+            // Whoever is nobody here has no use for the connection.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            return response;
         }
         let call = Arc::new(call);
         match handler(call.clone(), body).await {
@@ -181,10 +188,11 @@ impl<E: Endpoint> Call<E> {
             return Err(Denied { status: StatusCode::UNAUTHORIZED, refused });
         };
         if matches!(admit, Admit::Peers) {
-            let Some(peer) = self.site.endpoint.find_peer(fingerprint).await else {
-                return Err(unknown_peer(fingerprint).into());
+            let found = match &self.client {
+                Some(client) => self.site.endpoint.find_peer(client).await?,
+                None => None,
             };
-            self.peer = Some(peer);
+            self.peer = Some(found.ok_or_else(|| unknown_peer(fingerprint))?);
             if let Some(place) = self.parts.extensions.get::<Arc<Place>>() {
                 place.is_of(fingerprint);
             }
@@ -194,7 +202,7 @@ impl<E: Endpoint> Call<E> {
 
     /// The certificate that was shown.
     pub fn fingerprint(&self) -> Option<Fingerprint> {
-        self.client.and_then(|client| client.fingerprint)
+        self.client.as_ref().and_then(|client| client.fingerprint)
     }
 
     /// The peer that asks.
@@ -214,7 +222,7 @@ impl<E: Endpoint> Call<E> {
 
     /// The network that the request came from.
     pub fn network(&self) -> Option<IpAddr> {
-        self.client.map(|client| network(client.remote.ip()))
+        self.client.as_ref().map(|client| network(client.remote.ip()))
     }
 
     fn who(&self) -> Who {
@@ -240,7 +248,7 @@ impl<E: Endpoint> Call<E> {
             message.push_str(&format!(" ({kept_back} more refusals before this one were not written down)"));
         }
         let event = WireEvent {
-            remote: self.client.map(|client| client.remote),
+            remote: self.client.as_ref().map(|client| client.remote),
             fingerprint: self.fingerprint(),
             peer: self.peer.as_ref().map(|peer| peer.name.clone()),
             vm: self.vm,

@@ -20,6 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tower::ServiceExt;
 
+use crate::certificate::Shown;
 use crate::doors::{Doors, Place};
 use crate::endpoint::ClientIdentity;
 use crate::identity::{Fingerprint, Identity};
@@ -110,9 +111,10 @@ impl Host {
         let handshake = tokio::time::timeout(self.limits.handshake, self.shake_hands(tcp));
         match handshake.await {
             Ok(Ok(stream)) => {
-                let fingerprint =
-                    stream.get_ref().1.peer_certificates().and_then(|c| c.first()).map(Fingerprint::of);
-                self.requests(stream, ClientIdentity { remote, fingerprint }, place).await;
+                let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                let fingerprint = chain.first().map(Fingerprint::of);
+                let shown = Shown::of(chain).map(Arc::new);
+                self.requests(stream, ClientIdentity { remote, fingerprint, shown }, place).await;
             }
             Ok(Err(error)) => tracing::debug!(%remote, %error, "no TLS"),
             Err(_) => tracing::debug!(%remote, "the TLS handshake took too long"),
@@ -126,9 +128,10 @@ impl Host {
 
     async fn requests(&mut self, stream: Stream, client: ClientIdentity, place: Arc<Place>) {
         let app = self.app.clone();
+        let remote = client.remote;
         let service = service_fn(move |request: http::Request<Incoming>| {
             let mut request = request.map(Body::new);
-            request.extensions_mut().insert(client);
+            request.extensions_mut().insert(client.clone());
             request.extensions_mut().insert(place.clone());
             app.clone().oneshot(request)
         });
@@ -144,7 +147,7 @@ impl Host {
             }
         };
         if let Err(error) = outcome {
-            tracing::debug!(remote = %client.remote, %error, "a connection broke");
+            tracing::debug!(%remote, %error, "a connection broke");
         }
     }
 }

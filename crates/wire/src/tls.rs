@@ -1,57 +1,51 @@
-//! TLS 1.3, and nothing older, with both certificates pinned.
+//! TLS 1.3, and nothing older, with both certificates judged by what their holders are known by.
 //!
-//! The usual questions (who signed it, for which name, until when) are not asked. A client takes exactly
-//! one certificate, by its fingerprint. A server takes any or none, and each request is then judged by its
-//! fingerprint; so a peer that is removed loses its rights with its next request, not with its next connection.
+//! A client takes what fits its [`Pin`]. A server takes any certificate or none, and each request is then judged by what was
+//! shown; so a peer that is removed loses its rights with its next request, not with its next connection.
 //! What is always checked is that the other side holds the key of the certificate it shows. Sessions are
 //! never resumed: every connection shows both certificates.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
+use model::Timestamp;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
     ServerConfig, SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use crate::identity::{Fingerprint, Identity, provider};
+use crate::certificate::Shown;
+use crate::identity::{Identity, provider};
+use crate::trust::{Ca, Pin};
 
 /// The protocol that both sides name, so that a stray HTTP/2 client learns at once.
 const ALPN: &[u8] = b"http/1.1";
-
-/// The certificate shown is not the one that was pinned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("its certificate is {shown}, but {pinned} was pinned")]
-pub(crate) struct WrongCertificate {
-    pub shown: Fingerprint,
-    pub pinned: Fingerprint,
-}
 
 /// What a server needs for TLS.
 pub(crate) fn server_config(identity: &Identity) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(AnyClient))
-        .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.key())));
+        .with_cert_resolver(Arc::new(identity.clone()));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
 }
 
-/// What a client needs for TLS to the one server with this fingerprint.
-pub(crate) fn client_config(identity: &Identity, pinned: Fingerprint) -> Result<ClientConfig, Error> {
+/// What a client needs for TLS to the one server that is known by this.
+pub(crate) fn client_config(identity: &Identity, known: KnownServer) -> Result<ClientConfig, Error> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(PinnedServer(pinned)))
-        .with_client_cert_resolver(Arc::new(OurCertificate(identity.key())));
+        .with_custom_certificate_verifier(Arc::new(known))
+        .with_client_cert_resolver(Arc::new(identity.clone()));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     Ok(config)
@@ -63,25 +57,34 @@ pub(crate) fn server_name() -> ServerName<'static> {
     ServerName::try_from(NAME).expect("the name is a valid one")
 }
 
-/// Takes one certificate.
-#[derive(Debug)]
-struct PinnedServer(Fingerprint);
+/// Takes the certificates of one server.
+#[derive(Debug, Clone)]
+pub(crate) struct KnownServer {
+    pub pin: Pin,
+    pub ca: Option<Ca>,
+    /// The certificate that it has shown last.
+    pub seen: Arc<Mutex<Option<Shown>>>,
+}
 
-impl ServerCertVerifier for PinnedServer {
+impl ServerCertVerifier for KnownServer {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
+        intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let shown = Fingerprint::of(end_entity);
-        if shown == self.0 {
-            return Ok(ServerCertVerified::assertion());
-        }
-        let wrong = WrongCertificate { shown, pinned: self.0 };
-        Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(wrong)))))
+        let chain = [std::slice::from_ref(end_entity), intermediates].concat();
+        let Some(shown) = Shown::of(&chain) else {
+            return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
+        };
+        let now = Timestamp::from(SystemTime::now());
+        self.pin.check(&shown, self.ca.as_ref(), now).map_err(|distrust| {
+            Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(distrust))))
+        })?;
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(shown);
+        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -149,19 +152,5 @@ impl ClientCertVerifier for AnyClient {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         provider().signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// Shows our certificate to whoever asks for one: the server's hints about issuers do not matter.
-#[derive(Debug)]
-struct OurCertificate(Arc<CertifiedKey>);
-
-impl ResolvesClientCert for OurCertificate {
-    fn resolve(&self, _root_hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.clone())
-    }
-
-    fn has_certs(&self) -> bool {
-        true
     }
 }

@@ -182,7 +182,7 @@ async fn an_invite_works_once_and_in_its_time() {
     assert_eq!(server.client(&newcomer).offer(&offer(vm(1))).await.unwrap_err().kind(), ErrorKind::Forbidden);
 
     let good = invite(good, later);
-    assert_eq!(accept(&good).await.unwrap().name, "replica");
+    assert_eq!(accept(&good).await.unwrap().site.name, "replica");
     let (name, address, fingerprint) = {
         let state = server.site.state();
         let known = &state.newcomers[0];

@@ -11,7 +11,7 @@ use common::proxy::Proxy;
 use common::{log_id, noise, offer, pair, upload, vm};
 use model::{LogId, LogNumber};
 use proptest::prelude::*;
-use wire::{Client, ErrorKind, RateLimiter, SEGMENT_BYTES, Uploader, codes};
+use wire::{Client, ErrorKind, Limits, RateLimiter, SEGMENT_BYTES, Uploader, codes};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -247,4 +247,24 @@ async fn a_limit_holds_for_all_uploads_that_share_it() {
     }
     // From below only: how fast it is on a busy machine is not ours to say; the limiter's own tests do.
     assert!(started.elapsed() > Duration::from_millis(1000), "{:?}", started.elapsed());
+}
+
+/// Who does not keep to a limit, because nobody told it or because it does not care, is read no faster all the same; and
+/// not hung up on for the time in which it was kept waiting.
+#[tokio::test]
+async fn a_sender_without_a_limit_is_read_at_the_servers() {
+    let primary = common::identity("primary");
+    let site = common::memory::site();
+    site.add_peer("primary", primary.fingerprint());
+    site.state().pace = Some(RateLimiter::new(4_000_000));
+    let impatient = Limits { segment_body: Duration::from_millis(500), ..Limits::default() };
+    let server = common::Running::start_with(site, impatient).await;
+    let mut upload = upload(&server.client(&primary), PATIENCE, None).await;
+    let log = make_log(LogId::NONE, &noise(9_000_000, 5));
+    let started = Instant::now();
+    upload.write(log.clone().into()).await.unwrap();
+    upload.finish().await.unwrap();
+    let took = started.elapsed().as_secs_f64();
+    assert!(took > 1.8, "9 MB at 4 MB/s took {took} s");
+    assert_eq!(server.site.logs(vm(1)), [log]);
 }

@@ -83,6 +83,18 @@ pub enum Drive {
     Accept,
     /// A peer is removed.
     RemovePeer,
+    /// What a peer may do is changed.
+    AllowPeer,
+    /// Another site of the trust group takes the VM over.
+    TakeOver,
+    /// The site's certificate is made anew,
+    Renew,
+    /// or its key.
+    NewKey,
+    /// A start that finds a new key whose certificate is not in its place yet.
+    AdoptKey,
+    /// A CA is named.
+    UseCa,
     /// Hours go by: points are dropped, logs merged. By itself in `crash_matrix.rs`.
     Hours,
     /// The VM changes its site for good. By itself in `crash_matrix.rs`.
@@ -140,6 +152,12 @@ impl Drive {
             Invite => "peer invite",
             Admit | Accept => "peer accept",
             RemovePeer => "peer remove",
+            AllowPeer => "peer allow",
+            TakeOver => "protect --take-over at another site",
+            Renew => "identity renew",
+            NewKey => "identity renew --new-key",
+            AdoptKey => "it starts after it died with a new key half in its place",
+            UseCa => "identity use --ca",
             Hours => "an hour ends",
             Move => "a failover, completed and reversed",
             Init => "init",
@@ -150,7 +168,7 @@ impl Drive {
 
     /// Whether the two sides have to be compared afterwards: only where something was lost that they need.
     pub fn needs_resync(self) -> bool {
-        matches!(self, Lose | Rewrite | Grow | Resync | Seed)
+        matches!(self, Lose | Rewrite | Grow | Resync | Seed | TakeOver)
     }
 
     /// Whether the VM has another id afterwards, and begins anew.
@@ -160,7 +178,7 @@ impl Drive {
 
     /// Whether the site dies before it is ready.
     pub fn dies_at_start(self) -> bool {
-        matches!(self, Start | Adopt | Lose | EndMove | HoldRunsOut)
+        matches!(self, Start | Adopt | Lose | EndMove | HoldRunsOut | AdoptKey)
     }
 
     /// Before the site is started with its fail point.
@@ -186,6 +204,19 @@ impl Drive {
                 pair.third_site()?;
                 pair.head.ok(&["extend", VM, "--to", "far"])?;
                 pair.passed_on()
+            }
+            AdoptKey => pair.die_first("wire::identity::next-key-adopted", NewKey),
+            TakeOver => {
+                let mut homes = (0..).map(|place| pair.dir.path().join(format!("depot-{place}")));
+                let home = homes.find(|home| !home.exists()).unwrap_or_default();
+                let mut depot = Site::init(&home, "depot")?;
+                depot.serve()?;
+                pair.head.invite(&depot)?;
+                for peer in ["branch", "depot"] {
+                    pair.head.ok(&["peer", "allow", peer, "--group", "hosts"])?;
+                }
+                pair.depot = Some(depot);
+                Ok(())
             }
             Admit | Accept => pair.head.ok(&["peer", "remove", "branch"]).map(drop),
             BackupToNewFolders => {
@@ -236,10 +267,10 @@ impl Drive {
         let (head, branch) = (&pair.head, &pair.branch);
         match self {
             Sync => order(branch, &["sync", VM]),
-            Protect => pair.order_protect(),
+            Protect => pair.order_protect(&[]),
             Seed => {
                 pair.bring_images()?;
-                pair.order_protect()
+                pair.order_protect(&[])
             }
             Configure => order(branch, &["configure", VM, "--resync", "auto"]),
             Resync => order(branch, &["resync", VM]),
@@ -296,8 +327,18 @@ impl Drive {
                 order(branch, &["peer", "accept", invite["invite"].as_str().unwrap_or_default()])
             }
             RemovePeer => order(head, &["peer", "remove", "branch"]),
-            Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | Hours | Move | Init | Restore
-            | RestoreVhdx => {
+            AllowPeer => order(head, &["peer", "allow", "branch", "--quota", "100G"]),
+            TakeOver => {
+                // It is asked for before the VM is looked for.
+                let nowhere = pair.dir.path().join("no-qmp");
+                let depot = pair.depot.as_ref().ok_or_else(|| trouble("there is no depot"))?;
+                order(depot, &["protect", VM, "--qmp", path(&nowhere), "--to", "head", "--take-over"])
+            }
+            Renew => order(head, &["identity", "renew"]),
+            NewKey => order(head, &["identity", "renew", "--new-key"]),
+            UseCa => order(head, &["identity", "use", "--ca", path(&branch.dir().join("identity.crt"))]),
+            Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | AdoptKey | Hours | Move | Init
+            | Restore | RestoreVhdx => {
                 return Ok(None);
             }
         }
@@ -373,6 +414,17 @@ impl Drive {
                 pair.branch.ok(&["resume", VM]).map(drop)
             }
             Extend | ExtendedSync => pair.end_extension(),
+            TakeOver => {
+                if pair.head.vm(VM)?["peer"] == "depot" {
+                    // Done, whether somebody was told or not: and so it is taken back.
+                    pair.branch.ok(&["unprotect", VM])?;
+                    let ordered = pair.order_protect(&["--take-over"])?;
+                    pair.replicated()?;
+                    drop(ordered);
+                }
+                pair.depot = None;
+                pair.head.ok(&["peer", "remove", "depot"]).map(drop)
+            }
             Invite => {
                 let again = pair.head.run(&["peer", "invite", "somebody"])?;
                 if again.status == 0 { Ok(()) } else { Err(trouble(format!("{again:?}"))) }

@@ -41,6 +41,8 @@ pub struct Pair {
     pub daemon: StorageDaemon,
     /// A third site, where one was needed.
     far: Option<Site>,
+    /// Another site of the primary's trust group, where there is one.
+    pub depot: Option<Site>,
     /// The lossy disks of the sites, where they are on such.
     disks: [Option<LossyDisk>; 2],
     pub dir: TempDir,
@@ -74,7 +76,8 @@ impl Pair {
             site.serve()?;
         }
         head.invite(&branch)?;
-        let mut pair = Self { writer: None, script, branch, head, daemon, far: None, disks, dir, points };
+        let mut pair =
+            Self { writer: None, script, branch, head, daemon, far: None, depot: None, disks, dir, points };
         pair.write_from(1)?;
         pair.protect()?;
         Ok(pair)
@@ -82,17 +85,17 @@ impl Pair {
 
     /// Protects the VM and waits until it is replicated.
     pub fn protect(&self) -> Result<()> {
-        let ordered = self.order_protect()?;
+        let ordered = self.order_protect(&[])?;
         let outcome = self.replicated();
         drop(ordered);
         outcome
     }
 
     /// The same without waiting.
-    pub fn order_protect(&self) -> Result<Process> {
+    pub fn order_protect(&self, more: &[&str]) -> Result<Process> {
         let (qmp, nbd) = (self.daemon.qmp(), self.daemon.nbd());
         let arguments = ["protect", VM, "--qmp", path(&qmp), "--nbd", path(&nbd), "--to", "head"];
-        order(&self.branch, &[&arguments[..], &["--every", "15m", "--points", self.points]].concat())
+        order(&self.branch, &[&arguments[..], &["--every", "15m", "--points", self.points], more].concat())
     }
 
     pub fn replicated(&self) -> Result<()> {

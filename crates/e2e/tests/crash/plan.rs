@@ -75,6 +75,7 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("replica::retention::", Head, Hours),
     ("replica::seed::", Branch, Move),
     ("replica::staging::", Head, Seed),
+    ("replica::takeover::", Head, TakeOver),
     ("replica::unpin::", Head, Unpin),
     ("replica::withdraw::", Head, Withdraw),
     ("replica::rewrite::", Head, Rewrite),
@@ -89,13 +90,19 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("repository::pack::", Head, Backup),
     ("repository::restore::", Command, Restore),
     ("site::folder::", Command, Init),
+    ("site::identity::", Head, UseCa),
     ("site::init::", Command, Init),
     ("site::invite::", Head, Invite),
     ("site::job::", Head, Backup),
     ("site::peer::add", Branch, Accept),
     ("site::peer::admit", Head, Admit),
+    ("site::peer::chang", Head, AllowPeer),
     ("site::peer::remov", Head, RemovePeer),
     ("wire::identity::", Command, Init),
+    ("wire::identity::next-", Head, NewKey),
+    ("wire::identity::next-half-adopted", Head, AdoptKey),
+    ("wire::identity::next-whole", Head, AdoptKey),
+    ("wire::identity::renew", Head, Renew),
 ];
 
 /// Steps that are other ones when they come again: the lock, packs, the index and the list of a backup are all

@@ -69,7 +69,7 @@ fn request(which: u8, parts: u8, body: &[u8]) -> Request<Body> {
         request.body(Body::from(body.to_vec())).unwrap_or_else(|_| Request::new(Body::from(body.to_vec())));
     let fingerprint = (parts & 32 == 0).then(|| Fingerprint::from_bytes([3; 32]));
     let remote = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-    request.extensions_mut().insert(ClientIdentity { remote, fingerprint });
+    request.extensions_mut().insert(ClientIdentity { remote, fingerprint, shown: None });
     request
 }
 
@@ -79,8 +79,8 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| wire::router(Arc::new(Stub)))
 struct Stub;
 
 impl Endpoint for Stub {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        Some(Peer { name: "branch".into(), fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        Ok(who.fingerprint.map(|fingerprint| Peer { name: "branch".into(), fingerprint }))
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
@@ -94,7 +94,13 @@ impl Endpoint for Stub {
         let again = serde_json::to_vec(&offer).expect("an offer can be written");
         assert_eq!(serde_json::from_slice::<Offer>(&again).expect("and read"), offer);
         let (durable, durable_id) = (LogNumber::ZERO, LogId::NONE);
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, _peer: &Peer, _vm: VmId, _report: Report) -> Result<(), Refused> {

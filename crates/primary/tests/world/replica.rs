@@ -131,6 +131,7 @@ impl Remote for Link {
             durable_id: id,
             phase: replica.phase.clone(),
             refused: None,
+            bandwidth_bytes_per_s: None,
         })
     }
 

@@ -228,6 +228,7 @@ impl Remote for SimRemote {
             durable_id: standing.head.id,
             phase: standing.phase,
             refused: standing.refused.map(to_wire),
+            bandwidth_bytes_per_s: None,
         })
     }
 

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use model::{LogId, LogNumber, Phase, Timestamp, VmId};
 use wire::{
-    DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer, Offer, OfferedDisk,
-    Peer, Refused, RefusedClass, RelationshipStatus, Report, SecretHash, SiteInfo, UploadState, WireEvent,
-    block_digest, codes,
+    ClientIdentity, DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, HandedOverDisk, Newcomer,
+    Offer, OfferedDisk, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SecretHash,
+    SiteInfo, UploadState, WireEvent, block_digest, codes,
 };
 
 /// What happens between a log's bytes being taken and the answer.
@@ -30,6 +30,8 @@ pub struct State {
     pub appends: usize,
     /// How many bytes of logs there is room for.
     pub room: Option<usize>,
+    /// How fast segments are read.
+    pub pace: Option<RateLimiter>,
 }
 
 pub struct MemoryInvite {
@@ -160,9 +162,10 @@ impl MemoryVm {
 }
 
 impl Endpoint for MemorySite {
-    async fn find_peer(&self, fingerprint: Fingerprint) -> Option<Peer> {
-        let name = self.state().peers.get(&fingerprint)?.clone();
-        Some(Peer { name, fingerprint })
+    async fn find_peer(&self, who: &ClientIdentity) -> Result<Option<Peer>, Refused> {
+        let known = |fingerprint| Some((fingerprint, self.state().peers.get(&fingerprint)?.clone()));
+        let found = who.fingerprint.and_then(known);
+        Ok(found.map(|(fingerprint, name)| Peer { name, fingerprint }))
     }
 
     async fn accept_invite(&self, newcomer: Newcomer) -> Result<SiteInfo, Refused> {
@@ -199,7 +202,13 @@ impl Endpoint for MemorySite {
         }
         vm.offer = offer;
         let (durable, durable_id) = vm.head();
-        Ok(RelationshipStatus { durable, durable_id, phase: Phase::Replicating, refused: None })
+        Ok(RelationshipStatus {
+            durable,
+            durable_id,
+            phase: Phase::Replicating,
+            refused: None,
+            bandwidth_bytes_per_s: None,
+        })
     }
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
@@ -231,6 +240,10 @@ impl Endpoint for MemorySite {
         id: LogId,
     ) -> Result<UploadState, Refused> {
         Ok(self.state().vm(peer, vm)?.upload_state(id))
+    }
+
+    fn pace(&self, _peer: &Peer) -> Option<RateLimiter> {
+        self.state().pace.clone()
     }
 
     async fn append(
