@@ -110,9 +110,9 @@ impl Site {
         Ok(shown)
     }
 
-    /// The VMs that run here and have their replica at a peer.
+    /// The VMs that are replicated, or passed on, from here to a peer.
     fn protected_at(&self, peer: &str) -> Vec<String> {
-        let vms = self.primary.status().into_iter().filter(|vm| vm.settings.peer == peer);
-        vms.map(|vm| vm.name.to_string()).collect()
+        let vms = self.primary.status().into_iter().chain(self.extensions.status());
+        vms.filter(|vm| vm.settings.peer == peer).map(|vm| vm.name.to_string()).collect()
     }
 }
