@@ -12,8 +12,9 @@ SEEDS ?= 0..1000000
 demo: setup build
 	./target/release/afterimage demo $(DEMO)
 
+# Programs and tests in one go: built apart, what they stand on would be built twice, with other features.
 test: setup-test
-	$(CARGO) build --locked --workspace --bins
+	$(CARGO) build --locked --workspace --bins --tests
 	$(CARGO) test --locked --workspace --no-fail-fast
 
 # What a change must pass before it is proposed: form, lints, licences and advisories, docs.
