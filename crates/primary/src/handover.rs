@@ -116,8 +116,11 @@ impl<P: Ports> Relationship<P> {
         row.phase = Phase::ResyncRequired { why };
         row.passes.word = ResyncWord::Asked;
         durable_step("primary::takeover::saving");
-        row.save(&shared.catalog).await?;
+        let is_new = row.save_new(&shared.catalog).await?;
         durable_step("primary::takeover::saved");
+        if !is_new {
+            return Err(Error::Exists(row.name));
+        }
         let measured = rows::Measured::beginning(row.made_at);
         Ok(Self::new(row, measured, shared.clone()))
     }

@@ -40,8 +40,11 @@ impl<P: Ports> Relationship<P> {
         row.phase = first_phase(row.total_bytes());
         row.passes.initial = initial;
         durable_step("primary::protect::saving");
-        row.save(&shared.catalog).await?;
+        let is_new = row.save_new(&shared.catalog).await?;
         durable_step("primary::protect::saved");
+        if !is_new {
+            return Err(Error::Exists(row.name));
+        }
         let mut relationship = Self::new(row, Measured::beginning(shared.now()), shared.clone());
         if let InitialStart::At { .. } = initial {
             relationship.announce().await;

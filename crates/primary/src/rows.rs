@@ -223,6 +223,20 @@ impl Protected {
         catalog.change(move |tx| row.put(tx)).await
     }
 
+    /// Writes the row of a VM that is new. False, and nothing is written, if there is one of its name by now: two people
+    /// may protect it at once.
+    pub async fn save_new(&self, catalog: &Catalog) -> Result<bool, catalog::Error> {
+        let row = self.clone();
+        let put = move |tx: &catalog::Transaction<'_>| {
+            let is_new = !has_name(tx, &row.name)?;
+            if is_new {
+                row.put(tx)?;
+            }
+            Ok(is_new)
+        };
+        catalog.change(put).await
+    }
+
     /// Writes the row together with the window, in one transaction: a cycle that is measured costs no sync more.
     pub async fn save_measured(&self, catalog: &Catalog, measured: &Measured) -> Result<(), catalog::Error> {
         let (row, window) = (self.clone(), to_json(measured));
@@ -297,7 +311,11 @@ pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
 
 /// Whether a VM of this name is protected.
 pub fn is_known(catalog: &Catalog, name: &VmName) -> Result<bool, catalog::Error> {
-    catalog.read(|c| c.prepare("SELECT 1 FROM protected WHERE name = ?1")?.exists([name.as_str()]))
+    catalog.read(|c| has_name(c, name))
+}
+
+fn has_name(c: &rusqlite::Connection, name: &VmName) -> rusqlite::Result<bool> {
+    c.prepare("SELECT 1 FROM protected WHERE name = ?1")?.exists([name.as_str()])
 }
 
 /// Forgets a VM.
@@ -365,7 +383,9 @@ mod tests {
                 why: Some(ResyncReason::Requested),
             },
         };
-        row.save(&catalog).await.unwrap();
+        assert!(row.save_new(&catalog).await.unwrap());
+        let other = Protected { vm: VmId::from_bytes([2; 16]), ..row.clone() };
+        assert!(!other.save_new(&catalog).await.unwrap(), "a VM of that name is there already");
         row.phase = Phase::ResyncRequired { why: ResyncReason::BitmapLost("vda".into()) };
         row.save(&catalog).await.unwrap();
         let rows = load(&catalog).unwrap();

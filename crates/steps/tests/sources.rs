@@ -19,6 +19,7 @@ const OPERATIONS: &[&str] = &["sync_all", "sync_data", "sync_dir", "sync_folder"
 const HELPERS: &[(&str, &str)] = &[
     ("primary", "save"),
     ("primary", "save_measured"),
+    ("primary", "save_new"),
     ("replica", "commit"),
     ("replica", "commit_row"),
     ("replica", "copy_sparse"),
