@@ -82,22 +82,27 @@ impl<P: Ports> Relationship<P> {
                 "at least one whole disk of {name} must stay; 'afterimage unprotect {name}' ends all"
             ));
         }
+        let mut nodes = Vec::new();
         for name in names {
             let Some(place) = self.row.disks.iter().position(|disk| disk.name == *name) else { continue };
-            self.stop_tracking(place).await;
             self.change_pass(|disks, progress| *progress = progress_without(disks, *progress, place));
             let gone = self.row.disks.remove(place);
             self.row.settings.nodes.retain(|node| *node != gone.node);
             if self.row.settings.nodes.is_empty() {
-                self.row.settings.excluded.push(gone.node);
+                self.row.settings.excluded.push(gone.node.clone());
             }
+            nodes.push(gone.node);
         }
-        self.save_disks().await
+        // First this: a disk that is replicated must not be without its bitmap.
+        self.save_disks().await?;
+        for node in nodes {
+            self.stop_tracking(node).await;
+        }
+        Ok(())
     }
 
     /// Leaves no bitmap of ours on a disk; on one that the VM has no more there is none.
-    async fn stop_tracking(&mut self, place: usize) {
-        let node = self.row.disks[place].node.clone();
+    async fn stop_tracking(&mut self, node: String) {
         if let Ok(guest) = self.connect_guest().await
             && let Ok(disks) = guest.resolve(&[node]).await
             && let Err(error) = guest.stop_tracking(&disks).await
