@@ -8,14 +8,13 @@
 //! The name of a merged log is never one of the logs that it replaces, so at every moment the catalog names
 //! files that are whole; what it does not name is removed at the next start.
 
-use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chain::{CompactPlan, CompactRule, apply_batches, merged_header};
 use files::File;
-use log::{Batcher, Encoder, RawRecord, RecordEntry, Verified};
+use log::{Encoder, Verified};
 use model::{DiskName, LogNumber};
 use steps::durable_step;
 
@@ -25,6 +24,7 @@ use crate::fs::Files;
 use crate::maintain::Step;
 use crate::rows::{self, LogRow};
 use crate::store::Store;
+use crate::survivors::Survivors;
 use crate::vm::{ChainLog, Indexed, OpenLog, Vm};
 
 /// The merged log is asked to be written to the disk every this many bytes.
@@ -167,66 +167,15 @@ fn write_merged(
     let out =
         BufWriter::with_capacity(1 << 20, WriteBack { file, path: path.to_path_buf(), written: 0, begun: 0 });
     let encoder = Encoder::new(out, &merged_header(&oldest.header, &newest.header));
-    let mut merged = Merged { encoder: encoder.map_err(|e| encode_error(path, e))?, level, path };
-    let mut zeros = plan.survivors.zeros.clone();
-    zeros.sort_unstable();
-    for of_disk in zeros.chunk_by(|a, b| a.0 == b.0) {
-        let mut batcher = Batcher::new(place(of_disk[0].0));
-        for (_, extent) in of_disk {
-            merged.add(batcher.zero(extent.offset, extent.len))?;
-        }
-        merged.add(batcher.finish())?;
-    }
-    merged.records(plan, group)?;
-    let (summary, out) = merged.encoder.finish(footer).map_err(|e| encode_error(path, e))?;
+    let mut encoder = encoder.map_err(|error| encode_error(path, error))?;
+    let take = |record| encoder.record(record).map(|()| true).map_err(|error| encode_error(path, error));
+    Survivors { lifts: false, level, take }.of(&plan.survivors, group)?;
+    let (summary, out) = encoder.finish(footer).map_err(|e| encode_error(path, e))?;
     let out = out.into_inner().map_err(|error| Error::io("writing", path)(error.into_error()))?;
     durable_step("replica::compact::written");
     out.file.sync_all().map_err(Error::io("syncing", path))?;
     durable_step("replica::compact::flushed");
     Ok((summary, footer))
-}
-
-/// A merged log that is being written.
-struct Merged<'a> {
-    encoder: Encoder<BufWriter<WriteBack>>,
-    level: i32,
-    path: &'a Path,
-}
-
-impl Merged<'_> {
-    fn records(&mut self, plan: &CompactPlan, group: &[&Indexed]) -> Result<()> {
-        let logs: BTreeMap<LogNumber, (&OpenLog, &[RecordEntry])> =
-            group.iter().map(|log| (log.log.number, (&log.log, &log.index.records[..]))).collect();
-        let (mut stored, mut raw) = (Vec::new(), Vec::new());
-        let mut current: Option<(usize, Batcher)> = None;
-        for work in plan.survivors.records() {
-            let (log, records) = logs[&work.log];
-            log.record(&records[work.record as usize], &mut stored, &mut raw)?;
-            if current.as_ref().is_none_or(|(disk, _)| *disk != work.disk)
-                && let Some((_, batcher)) = current.replace((work.disk, Batcher::new(place(work.disk))))
-            {
-                self.add(batcher.finish())?;
-            }
-            let Some((_, batcher)) = &mut current else { continue };
-            for piece in work.pieces {
-                let bytes = &raw[piece.skip as usize..piece.skip as usize + piece.len as usize];
-                let full = batcher.data(piece.disk_offset, bytes);
-                self.add(full)?;
-            }
-        }
-        current.map_or(Ok(()), |(_, batcher)| self.add(batcher.finish()))
-    }
-
-    fn add(&mut self, records: Vec<RawRecord>) -> Result<()> {
-        records.into_iter().try_for_each(|record| {
-            self.encoder.record(record.encode(self.level)).map_err(|error| encode_error(self.path, error))
-        })
-    }
-}
-
-/// A disk's place in a log's header: the format bounds them.
-fn place(disk: usize) -> u16 {
-    u16::try_from(disk).expect("a log has no more disks than its format allows")
 }
 
 fn encode_error(path: &Path, error: log::Error) -> Error {

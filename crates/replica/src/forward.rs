@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use chain::{ApplyPlan, next_to_forward};
-use log::{Batcher, EncodedRecord, RawRecord};
+use log::EncodedRecord;
 use model::bitmaps::{Ours, Step};
 use model::{DiskName, LogNumber, PointInfo, VmId};
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use crate::gate::Pin;
 use crate::reader::{ChainReader, OpenFiles};
 use crate::rows::DiskSize;
 use crate::store::Store;
+use crate::survivors::Survivors;
 use crate::vm::{Indexed, OpenLog, State};
 
 /// While less than so much is free beyond the reserve, nobody keeps logs here by reading slowly.
@@ -215,7 +216,7 @@ impl Forward {
         &self,
         disks: &[DiskName],
         level: i32,
-        take: impl FnMut(EncodedRecord) -> bool,
+        mut take: impl FnMut(EncodedRecord) -> bool,
     ) -> Result<bool> {
         let Some(logs) = &self.logs else { return Ok(false) };
         let mut indexed = Vec::with_capacity(logs.len());
@@ -230,8 +231,9 @@ impl Forward {
             indexed.push(log);
         }
         let plan = ApplyPlan::new(disks.len(), indexed.iter().map(Indexed::layer))?;
-        let mut lifting = Lifting { level, take };
-        let lifted = lifting.zeros(&plan) && self.right(lifting.records(&plan, &indexed))?;
+        let indexed: Vec<&Indexed> = indexed.iter().collect();
+        let survivors = Survivors { lifts: true, level, take: |record| Ok(take(record)) };
+        let lifted = self.right(survivors.of(&plan, &indexed))?;
         tracing::trace!(vm = %self.pin.vm.id, point = %self.pin.point.number, lifted, "passed on");
         Ok(true)
     }
@@ -254,66 +256,6 @@ impl Forward {
         }
         read
     }
-}
-
-/// Takes what survives of some logs out of them.
-struct Lifting<T> {
-    level: i32,
-    take: T,
-}
-
-impl<T: FnMut(EncodedRecord) -> bool> Lifting<T> {
-    fn zeros(&mut self, plan: &ApplyPlan) -> bool {
-        let mut zeros = plan.zeros.clone();
-        zeros.sort_unstable();
-        zeros.chunk_by(|a, b| a.0 == b.0).all(|of_disk| {
-            let mut batcher = Batcher::new(place(of_disk[0].0));
-            of_disk.iter().all(|(_, extent)| self.add(batcher.zero(extent.offset, extent.len)))
-                && self.add(batcher.finish())
-        })
-    }
-
-    fn records(&mut self, plan: &ApplyPlan, logs: &[Indexed]) -> Result<bool> {
-        let (mut stored, mut raw) = (Vec::new(), Vec::new());
-        let mut batch: Option<(usize, Batcher)> = None;
-        for work in plan.records() {
-            let Ok(found) = logs.binary_search_by_key(&work.log, |log| log.log.number) else { continue };
-            let log = &logs[found];
-            let entry = &log.index.records[work.record as usize];
-            let survive: u64 = work.pieces.iter().map(|piece| u64::from(piece.len)).sum();
-            if survive == u64::from(entry.raw_bytes) {
-                if !(self.take)(log.log.lift(entry, &mut stored)?) {
-                    return Ok(false);
-                }
-                continue;
-            }
-            log.log.record(entry, &mut stored, &mut raw)?;
-            if batch.as_ref().is_none_or(|(disk, _)| *disk != work.disk)
-                && let Some((_, done)) = batch.replace((work.disk, Batcher::new(place(work.disk))))
-                && !self.add(done.finish())
-            {
-                return Ok(false);
-            }
-            let Some((_, batcher)) = &mut batch else { continue };
-            for piece in work.pieces {
-                let bytes = &raw[piece.skip as usize..piece.skip as usize + piece.len as usize];
-                let full = batcher.data(piece.disk_offset, bytes);
-                if !self.add(full) {
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(batch.is_none_or(|(_, batcher)| self.add(batcher.finish())))
-    }
-
-    fn add(&mut self, records: Vec<RawRecord>) -> bool {
-        records.into_iter().all(|record| (self.take)(record.encode(self.level)))
-    }
-}
-
-/// A disk's place in a log's header: the format bounds them.
-fn place(disk: usize) -> u16 {
-    u16::try_from(disk).expect("a log has no more disks than its format allows")
 }
 
 fn mark(state: &State, k: LogNumber) -> Option<Mark> {

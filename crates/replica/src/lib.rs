@@ -60,6 +60,7 @@ mod rows;
 mod seed;
 mod staging;
 mod store;
+mod survivors;
 mod view;
 mod vm;
 mod worker;
