@@ -49,8 +49,7 @@ impl Store {
             let state = found.live()?;
             check_peer(&state, peer)?;
             let doc = &state.row.doc;
-            let completing = doc.failover.as_ref().is_some_and(|failover| failover.completing);
-            if done && !(completing && doc.head == newest) {
+            if done && !(state.is_completing() && doc.head == newest) {
                 let message = format!("VM {} was not handed over to this site", state.row.name);
                 return Err(Refused::lasting("not-handed-over", message).into());
             }

@@ -84,7 +84,7 @@ impl Store {
             points: doc.points,
             generation: doc.generation,
             peer: state.row.peer.clone(),
-            failed_over: doc.failover.as_ref().is_some_and(|failover| failover.completing),
+            failed_over: state.is_completing(),
         })
     }
 
@@ -93,8 +93,7 @@ impl Store {
     pub fn is_forwardable(&self, vm: VmId) -> bool {
         self.vm(vm).is_ok_and(|vm| {
             let state = vm.lock();
-            let completing = state.row.doc.failover.as_ref().is_some_and(|failover| failover.completing);
-            !state.removed && !completing
+            !state.removed && !state.is_completing()
         })
     }
 
@@ -143,7 +142,7 @@ impl Store {
     pub fn forward(&self, vm: VmId, base: Option<LogNumber>, next: LogNumber) -> Result<Forward> {
         let vm = self.vm(vm)?;
         let mut state = vm.live()?;
-        if state.row.doc.failover.as_ref().is_some_and(|failover| failover.completing) {
+        if state.is_completing() {
             return Err(Error::busy(vm.id, "it was failed over to this site for good"));
         }
         let since = match base {

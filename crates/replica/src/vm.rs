@@ -139,6 +139,11 @@ impl State {
         matches!(self.row.doc.phase, Phase::Failover { .. })
     }
 
+    /// Whether it was failed over for good: what is written to it now is in no log.
+    pub fn is_completing(&self) -> bool {
+        self.row.doc.failover.as_ref().is_some_and(|failover| failover.completing)
+    }
+
     /// The points that a person has pinned.
     pub fn pinned(&self) -> Vec<LogNumber> {
         self.row.doc.pinned.iter().map(|pin| pin.number).collect()
