@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Consistency, CyclePlan, DiskName, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason,
-    ResyncWord, Timestamp, phase_after, plan_cycle,
+    Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, ResyncWord,
+    Timestamp, phase_after, plan_cycle,
 };
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
@@ -80,7 +80,9 @@ impl<P: Ports> Relationship<P> {
         }
         if plan.purpose == Purpose::Changes && !vm.has_news(self.row.shipped.tracking).await? {
             self.squared = true;
-            return Ok(self.nothing_to_send());
+            let moment = self.row.point_at.unwrap_or(self.row.made_at);
+            let (nothing, at_once) = (Shipment::default(), Duration::ZERO);
+            return Ok(report(plan, moment, None, None, nothing, at_once, at_once));
         }
         self.squared = false; // until this cycle has ended well
         let shared = self.shared.clone();
@@ -108,23 +110,6 @@ impl<P: Ports> Relationship<P> {
                 }
                 Err(failure)
             }
-        }
-    }
-
-    /// The report of a cycle that found no newer moment.
-    fn nothing_to_send(&self) -> CycleReport {
-        let moment = self.row.point_at.unwrap_or(self.row.made_at);
-        CycleReport {
-            moment,
-            purpose: Purpose::Changes,
-            point: None,
-            note: None,
-            logs: 0,
-            log_bytes: 0,
-            data_bytes: 0,
-            zero_bytes: 0,
-            reading: Duration::ZERO,
-            total: Duration::ZERO,
         }
     }
 
@@ -264,8 +249,7 @@ impl<P: Ports> Relationship<P> {
         if why == ResyncReason::Seeded {
             self.row.passes.word = ResyncWord::Asked; // with the wish for an initial replication
         }
-        self.row.passes.why = Some(why.clone());
-        self.row.phase = Phase::ResyncRequired { why };
+        self.row.must_resync(why);
         self.squared = false;
         durable_step("primary::resync::saving");
         self.row.save(&self.shared.catalog).await?;
@@ -277,9 +261,7 @@ impl<P: Ports> Relationship<P> {
     /// About how many bytes this cycle will read, if reading ahead saves the guest something: the last one tells.
     fn worth_reading_ahead(&self, work: &Work) -> Option<u64> {
         // Only changes are read ahead, and only with a bitmap on every disk.
-        let only_changes = work.parts.iter().all(DiskPart::is_only_changes);
-        let last =
-            self.last_cycle.as_ref().filter(|_| only_changes && work.plan.purpose == Purpose::Changes)?;
+        let last = self.last_cycle.as_ref().filter(|_| work.is_only_changes())?;
         (last.data_bytes >= self.shared.config.ahead_from_bytes).then_some(last.data_bytes)
     }
 
@@ -356,6 +338,8 @@ impl<P: Ports> Relationship<P> {
         consistency: Consistency,
     ) -> Result<(Shipment, Duration), Failure> {
         let remote = self.remote()?;
+        // What a capture has as records already speaks for changes alone.
+        let only_changes = work.is_only_changes();
         let Work { plan, parts, after } = work;
         let (vm_id, config) = (self.row.vm, self.shared.config.clone());
         let started = Instant::now();
@@ -368,7 +352,6 @@ impl<P: Ports> Relationship<P> {
         let (items, received) = mpsc::channel::<Item>(QUEUE_RECORDS);
         let nodes = self.row.nodes();
         let sizes: Vec<u64> = after.iter().map(|disk| disk.size_bytes).collect();
-        let names: Vec<DiskName> = after.iter().map(|disk| disk.name.clone()).collect();
         let cycle = Cycle {
             ports: &self.shared.ports,
             remote: &remote,
@@ -390,10 +373,7 @@ impl<P: Ports> Relationship<P> {
             check_sizes(&vm.resolve(&nodes).await?, &sizes)?;
             let made = RecordSink::new(items.clone());
             let readers = open.readers().await?;
-            check_readers(&readers, &names, &sizes)?;
-            // What was made before speaks for changes alone.
-            let only_changes =
-                plan.purpose == Purpose::Changes && parts.iter().all(DiskPart::is_only_changes);
+            check_readers(&readers, &cycle.disks)?;
             let reader = Reader {
                 disks: &readers,
                 parts,
@@ -443,6 +423,13 @@ struct Work {
     parts: Vec<DiskPart>,
     /// The disks as they are agreed once it has ended.
     after: Vec<KnownDisk>,
+}
+
+impl Work {
+    /// Whether nothing is sent but what a bitmap on every disk names.
+    fn is_only_changes(&self) -> bool {
+        self.plan.purpose == Purpose::Changes && self.parts.iter().all(DiskPart::is_only_changes)
+    }
 }
 
 /// The ledger of a cycle is the VM's row in the catalog.
@@ -530,9 +517,9 @@ fn check_sizes<D: Disk>(now: &[D], known: &[u64]) -> Result<(), Failure> {
 }
 
 /// What is fixed may be of another moment than what was looked at, and have other disks: where a point is passed on.
-fn check_readers<D: DiskReader>(readers: &[D], names: &[DiskName], sizes: &[u64]) -> Result<(), Failure> {
+fn check_readers<D: DiskReader>(readers: &[D], disks: &[log::DiskInfo]) -> Result<(), Failure> {
     let found = readers.iter().map(|reader| (reader.name(), reader.size_bytes()));
-    if found.eq(names.iter().zip(sizes.iter().copied())) {
+    if found.eq(disks.iter().map(|disk| (&disk.name, disk.size_bytes))) {
         return Ok(());
     }
     let message = "the disks have changed just before the moment was fixed";

@@ -37,24 +37,40 @@ impl<P: Ports> Relationship<P> {
         self.join(new).await
     }
 
-    /// Takes in the disks that the VM has got, where every writable disk is to be protected.
-    pub async fn adopt_disks(&mut self) -> Result<(), Failure> {
-        if !self.row.settings.nodes.is_empty() || !self.goes_on() {
-            return Ok(());
+    /// The disks that are replicated. Where every writable one is to be, those that the VM has got are taken in on the
+    /// way: a site has many VMs, and QEMU is asked once for both.
+    pub(crate) async fn look_at_disks(
+        &mut self,
+        guest: &P::Guest,
+    ) -> Result<Vec<<P::Guest as Guest>::Disk>, Failure> {
+        if !self.takes_in_disks() {
+            return guest.resolve(&self.row.nodes()).await;
         }
-        let guest = self.connect_guest().await?;
-        let known = |node: &String| self.row.disks.iter().any(|disk| disk.node == *node);
-        let mut new: Vec<KnownDisk> = guest.disks().await?.iter().map(Disk::known).collect();
-        new.retain(|disk| !known(&disk.node) && !self.row.settings.excluded.contains(&disk.node));
-        new.retain(|new| self.row.disks.iter().all(|disk| disk.name != new.name));
-        if new.is_empty() { Ok(()) } else { self.join(new).await }
+        let there = guest.disks().await?;
+        let is_new = |new: &KnownDisk| {
+            let is_known = |disk: &KnownDisk| disk.node == new.node || disk.name == new.name;
+            !self.row.disks.iter().any(is_known) && !self.row.settings.excluded.contains(&new.node)
+        };
+        let new: Vec<KnownDisk> = there.iter().map(Disk::known).filter(is_new).collect();
+        if !new.is_empty()
+            && let Err(error) = self.join(new).await
+        {
+            tracing::warn!(vm = %self.row.name, %error, "disks that join could not be written down");
+        }
+        let nodes = self.row.nodes();
+        let of_node = |node: &String| there.iter().find(|disk| disk.known().node == *node).cloned();
+        match nodes.iter().map(of_node).collect() {
+            Some(disks) => Ok(disks),
+            None => guest.resolve(&nodes).await,
+        }
     }
 
-    /// Whether changes are being replicated, or will be without anybody's doing.
-    fn goes_on(&self) -> bool {
+    /// Whether disks that come are taken in: while changes are being replicated, or will be without anybody's doing.
+    fn takes_in_disks(&self) -> bool {
         // A replica that is passed on says itself when its disks have changed.
         let is_a_vm = !matches!(self.row.settings.monitor, Monitor::Replica);
-        is_a_vm && self.row.phase == Phase::Replicating && !self.row.paused
+        let all = self.row.settings.nodes.is_empty();
+        all && is_a_vm && self.row.phase == Phase::Replicating && !self.row.paused
     }
 
     async fn join(&mut self, new: Vec<KnownDisk>) -> Result<(), Failure> {
@@ -75,8 +91,8 @@ impl<P: Ports> Relationship<P> {
         if let Some(name) = names.iter().find(|name| self.row.disks.iter().all(|disk| disk.name != **name)) {
             return refuse(format!("no disk of {} is named {name}; it has {all}", self.row.name));
         }
-        let stays = |disk: &&KnownDisk| !names.contains(&disk.name) && disk.joining.is_none();
-        if self.row.disks.iter().find(stays).is_none() {
+        let stays = |disk: &KnownDisk| !names.contains(&disk.name) && disk.joining.is_none();
+        if !self.row.disks.iter().any(stays) {
             let name = &self.row.name;
             return refuse(format!(
                 "at least one whole disk of {name} must stay; 'afterimage unprotect {name}' ends all"
@@ -117,8 +133,7 @@ impl<P: Ports> Relationship<P> {
         match &mut self.row.phase {
             Phase::InitialReplication { .. } | Phase::Resynchronizing { .. } if unsure => {
                 let why = ResyncReason::DisksChanged("while a log's fate was not known".into());
-                self.row.passes.why = Some(why.clone());
-                self.row.phase = Phase::ResyncRequired { why };
+                self.row.must_resync(why);
             }
             Phase::InitialReplication { progress } | Phase::Resynchronizing { progress } => {
                 change(&self.row.disks, progress);

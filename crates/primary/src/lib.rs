@@ -215,17 +215,13 @@ impl<P: Ports> Primary<P> {
     /// Begins to protect a VM: finds its disks, and starts the initial replication.
     pub async fn protect(&self, request: ProtectRequest) -> Result<VmStatus, Error> {
         let relationship = Relationship::protect(&self.shared, request).await?;
-        let name = relationship.row().name.clone();
-        self.spawn(relationship);
-        self.get(&name).ok_or(Error::NoSuchVm(name))
+        Ok(self.spawn(relationship))
     }
 
     /// Begins to pass on a VM that has its id already, as a replica of another site's.
     pub async fn begin(&self, request: ProtectRequest, vm: VmId, generation: u64) -> Result<VmStatus, Error> {
         let relationship = Relationship::begin(&self.shared, request, vm, generation).await?;
-        let name = relationship.row().name.clone();
-        self.spawn(relationship);
-        self.get(&name).ok_or(Error::NoSuchVm(name))
+        Ok(self.spawn(relationship))
     }
 
     /// The status of each protected VM, by name.
@@ -298,9 +294,7 @@ impl<P: Ports> Primary<P> {
         why: ResyncReason,
     ) -> Result<VmStatus, Error> {
         let relationship = Relationship::take_over(&self.shared, request, vm, generation, why).await?;
-        let name = relationship.row().name.clone();
-        self.spawn(relationship);
-        self.get(&name).ok_or(Error::NoSuchVm(name))
+        Ok(self.spawn(relationship))
     }
 
     /// Ends the protection of a VM that is to become a replica here, if the VM is off. False if it runs. What is
@@ -360,9 +354,13 @@ impl<P: Ports> Primary<P> {
         self.get(name).ok_or_else(no_such_vm)
     }
 
-    fn spawn(&self, relationship: Relationship<P>) {
+    /// Starts its runner; the status is what it begins with.
+    fn spawn(&self, relationship: Relationship<P>) -> VmStatus {
         let name = relationship.row().name.clone();
-        self.lock().insert(name, Handle::spawn(relationship));
+        let handle = Handle::spawn(relationship);
+        let status = handle.status();
+        self.lock().insert(name, handle);
+        status
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, Handle>> {

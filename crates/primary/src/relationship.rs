@@ -165,10 +165,7 @@ impl<P: Ports> Relationship<P> {
     /// Asks a VM that is connected how much has changed since the last cycle, and whether it has got disks.
     pub async fn look(&mut self) {
         let Some(guest) = self.guest.clone().filter(|guest| guest.is_alive()) else { return };
-        if let Err(error) = self.adopt_disks().await {
-            tracing::debug!(vm = %self.row.name, %error, "the VM's disks were not looked at");
-        }
-        self.pending_bytes = match guest.resolve(&self.row.nodes()).await {
+        self.pending_bytes = match self.look_at_disks(&guest).await {
             Ok(disks) => guest.pending_bytes(&disks, self.row.shipped.tracking).await.ok(),
             Err(_) => None,
         };

@@ -217,6 +217,12 @@ impl Protected {
         self.phase = phase;
     }
 
+    /// Both sides must be compared; `why` is kept while they are.
+    pub(crate) fn must_resync(&mut self, why: ResyncReason) {
+        self.passes.why = Some(why.clone());
+        self.phase = Phase::ResyncRequired { why };
+    }
+
     /// Writes the row; durable when this returns.
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
