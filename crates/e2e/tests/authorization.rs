@@ -5,7 +5,7 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use common::{LONG, MIB, VM, World, client, path};
+use common::{LONG, MIB, VM, World, client, path, protect_arguments};
 use rig::{Output, Site, wait_for};
 use serde_json::Value;
 
@@ -166,22 +166,8 @@ fn a_vm_that_was_moved_is_taken_over_within_its_trust_group_and_by_nobody_else()
     let point = world.points().last().unwrap()["id"].clone();
     world.branch.stop();
 
-    let (qmp, nbd) = (world.daemon.qmp(), world.daemon.nbd());
-    let protect = [
-        "protect",
-        VM,
-        "--qmp",
-        path(&qmp),
-        "--nbd",
-        path(&nbd),
-        "--to",
-        "head",
-        "--every",
-        "1s",
-        "--points",
-        "3",
-    ];
-    let take_over = [&protect[..], &["--take-over"]].concat();
+    let take_over = protect_arguments(&world.daemon, "1s", &["--points", "3", "--take-over"]);
+    let take_over: Vec<&str> = take_over.iter().map(String::as_str).collect();
     let refused = |arguments: &[&str]| {
         let output = depot.run(arguments).unwrap();
         assert_ne!(output.status, 0, "{output:?}");

@@ -6,11 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{LONG, MIB, VM, World, path};
-use model::{Phase, VmId};
+use common::{LONG, MIB, VM, World, forged_offer, path};
+use model::VmId;
 use rig::{Output, Site, wait_for};
 use serde_json::Value;
-use wire::{Client, ErrorKind, Identity, Offer, OfferedDisk};
+use wire::{Client, ErrorKind, Identity};
 
 const QUICK: Duration = Duration::from_millis(2);
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
@@ -269,7 +269,9 @@ fn a_ca_of_ones_own_vouches_for_names_and_its_dates_count() {
         let head = known(&world.branch, "head").0.parse().unwrap();
         let client = Client::new(&identity, world.head.address(), head).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let error = runtime.block_on(client.offer(&offer())).unwrap_err();
+        let error = runtime
+            .block_on(client.offer(&forged_offer(VmId::from_bytes([9; 16]), "forged", MIB)))
+            .unwrap_err();
         assert!(error.kind() == ErrorKind::Forbidden && error.has_code("unknown-peer"), "{error}");
     }
 
@@ -285,20 +287,4 @@ fn a_ca_of_ones_own_vouches_for_names_and_its_dates_count() {
     goes_on(&world);
     let status = world.head.ok(&["status"]).unwrap();
     assert_eq!(status["warnings"], serde_json::json!([]), "{status}");
-}
-
-fn offer() -> Offer {
-    Offer {
-        vm: VmId::from_bytes([9; 16]),
-        vm_name: "forged".parse().unwrap(),
-        disks: vec![OfferedDisk { name: "system".parse().unwrap(), size_bytes: MIB }],
-        interval_s: 1,
-        points: 0,
-        primary_name: "somebody".into(),
-        definition: Value::Null,
-        phase: Phase::Replicating,
-        error: None,
-        paused: false,
-        generation: 1,
-    }
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{DISKS, LONG, MIB, VM, path, sites};
+use common::{DISKS, LONG, MIB, VM, path, protect_arguments, sites};
 use rig::{Line, Site, StorageDaemon, Writer, state_of_exports, state_of_files, tool, wait_for};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -37,22 +37,8 @@ impl World {
         let regions = (0..DISKS.len()).map(|disk| Region { disk, offset: 4 * MIB, len: 8 * MIB });
         let script = Arc::new(Script::new(seed, regions.collect(), 5));
         let (there, here, line) = sites(dir.path(), None);
-        let (qmp, nbd) = (daemon.qmp(), daemon.nbd());
-        here.ok(&[
-            "protect",
-            VM,
-            "--qmp",
-            path(&qmp),
-            "--nbd",
-            path(&nbd),
-            "--to",
-            "head",
-            "--every",
-            "1s",
-            "--points",
-            points,
-        ])
-        .unwrap();
+        let arguments = protect_arguments(&daemon, "1s", &["--points", points]);
+        here.ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
         let mut world =
             Self { daemon, writer: None, script, next: 1, here, there, _line: line, moves: 0, dir };
         world.write();

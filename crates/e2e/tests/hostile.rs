@@ -10,12 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{LONG, MIB, Paused, VM, World, client, path};
+use common::{LONG, MIB, Paused, VM, World, client, forged_offer, path};
 use log::{Batcher, DiskInfo, Encoder, Footer, Header};
 use model::{Consistency, LogClass, LogId, LogNumber, Phase, Progress, Purpose, Timestamp, VmId};
 use rig::{Site, wait_for};
 use serde_json::Value;
-use wire::{Client, Offer, OfferedDisk, Uploader};
+use wire::{Client, Uploader};
 
 const QUICK: Duration = Duration::from_millis(2);
 
@@ -79,20 +79,7 @@ impl Made {
 }
 
 fn offer(client: &Client, vm: VmId, name: &str, disk_bytes: u64) -> Result<(), String> {
-    let offer = Offer {
-        vm,
-        vm_name: name.parse().unwrap(),
-        disks: vec![OfferedDisk { name: "system".parse().unwrap(), size_bytes: disk_bytes }],
-        interval_s: 1,
-        points: 0,
-        primary_name: "somebody".into(),
-        definition: Value::Null,
-        phase: Phase::Replicating,
-        error: None,
-        paused: false,
-        generation: 1,
-    };
-    block_on(client.offer(&offer)).map(drop).map_err(|error| error.to_string())
+    block_on(client.offer(&forged_offer(vm, name, disk_bytes))).map(drop).map_err(|error| error.to_string())
 }
 
 fn is_noted(site: &Site, kind: &str) -> bool {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{LogId, VmId};
+use model::{LogId, Phase, VmId};
 use rig::{Line, Output, Site, StorageDaemon, Writer, fill, state_of_files};
 use serde_json::Value;
 use tempfile::TempDir;
-use wire::{Client, Identity};
+use wire::{Client, Identity, Offer, OfferedDisk};
 use witness::{Region, Script};
 
 pub const MIB: u64 = 1 << 20;
@@ -87,11 +87,8 @@ impl World {
 
     /// Protects the VM.
     pub fn protect(&self, every: &str, more: &[&str]) -> Value {
-        let (qmp, nbd) = (self.daemon.qmp(), self.daemon.nbd());
-        let mut arguments =
-            vec!["protect", VM, "--qmp", path(&qmp), "--nbd", path(&nbd), "--to", "head", "--every", every];
-        arguments.extend(more);
-        self.branch.ok(&arguments).unwrap()
+        let arguments = protect_arguments(&self.daemon, every, more);
+        self.branch.ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).unwrap()
     }
 
     /// Waits until cycles of changes run.
@@ -161,6 +158,31 @@ impl World {
     /// How many backups are listed.
     pub fn backups(&self) -> usize {
         self.head.ok(&["backups", VM]).unwrap()["backups"].as_array().unwrap().len()
+    }
+}
+
+/// The command that protects a daemon's VM, to the site `head`.
+pub fn protect_arguments(daemon: &StorageDaemon, every: &str, more: &[&str]) -> Vec<String> {
+    let (qmp, nbd) = (daemon.qmp(), daemon.nbd());
+    let arguments =
+        ["protect", VM, "--qmp", path(&qmp), "--nbd", path(&nbd), "--to", "head", "--every", every];
+    arguments.iter().chain(more).map(|&argument| argument.to_owned()).collect()
+}
+
+/// What a stranger may offer: a VM with one disk.
+pub fn forged_offer(vm: VmId, name: &str, disk_bytes: u64) -> Offer {
+    Offer {
+        vm,
+        vm_name: name.parse().unwrap(),
+        disks: vec![OfferedDisk { name: "system".parse().unwrap(), size_bytes: disk_bytes }],
+        interval_s: 1,
+        points: 0,
+        primary_name: "somebody".into(),
+        definition: Value::Null,
+        phase: Phase::Replicating,
+        error: None,
+        paused: false,
+        generation: 1,
     }
 }
 
