@@ -198,6 +198,10 @@ fn parse_id(text: &str) -> Option<[u8; 16]> {
 }
 
 id_type!(
+    /// A set of media that carries an initial replication: given by the primary when it is begun.
+    MediaId
+);
+id_type!(
     /// One protected VM: made when it is first protected, the same on every site that holds a copy.
     VmId
 );

@@ -37,7 +37,7 @@ pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, cho
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
 pub use expiry::{EXPIRY_WARNING, Expiry, expiry};
 pub use health::{Assessment, Health, HealthInput, HealthThresholds, Lately, assess};
-pub use ids::{DiskName, GroupName, IdError, LogId, LogNumber, NameError, PointName, VmId, VmName};
+pub use ids::{DiskName, GroupName, IdError, LogId, LogNumber, MediaId, NameError, PointName, VmId, VmName};
 pub use measure::{
     CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
 };
