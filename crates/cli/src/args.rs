@@ -270,8 +270,9 @@ pub struct PassArguments {
     /// When both sides are compared once that is required: auto, manual, or a daily window in UTC such as 22:00-06:00.
     #[arg(long, value_name = "WHEN")]
     pub resync: Option<ResyncPolicy>,
-    /// How the initial replication begins: now, at:TIME (RFC 3339 or +3h, at most 7 days ahead), or seed (with images
-    /// that the replica's site is given by 'replica seed').
+    /// How the initial replication begins: now, at:TIME (RFC 3339 or +3h, at most 7 days ahead), seed (with images that
+    /// the replica's site is given by 'replica seed'), or media:DIR (it is written to an empty folder on a removable disk,
+    /// which 'replica import' reads at the replica's site).
     #[arg(long, value_parser = when::initial, value_name = "HOW")]
     pub initial: Option<InitialStart>,
 }
@@ -287,6 +288,12 @@ pub enum Replica {
         /// The images' format.
         #[arg(long, value_enum, default_value_t = SeedFormat::Raw)]
         format: SeedFormat,
+    },
+    /// Import the initial replication of a VM from the media that 'protect --initial media:DIR' has written.
+    Import {
+        /// The folder with the set. What was cut off goes on where it stopped.
+        #[arg(value_name = "DIR")]
+        from: PathBuf,
     },
 }
 

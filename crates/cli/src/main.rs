@@ -261,7 +261,7 @@ fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
         sign_of_life: protect.sign_of_life.clone(),
         excluded: protect.excluded.clone(),
         resync: protect.passes.resync.unwrap_or_default(),
-        initial: protect.passes.initial.unwrap_or_default(),
+        initial: protect.passes.initial.clone().unwrap_or_default(),
         take_over: protect.take_over,
     })
 }

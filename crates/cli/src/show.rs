@@ -84,6 +84,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             format!("{}\n{}", relationships(std::slice::from_ref(answer)), details(answer))
         }
         Request::Seed(request) => seeded(request.vm.as_str(), answer),
+        Request::Import { .. } => imported(answer),
         Request::Unprotect { vm } => format!("{vm} is not protected any more."),
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),
@@ -196,7 +197,10 @@ fn state(vm: &Value) -> String {
 
 fn noteworthy(vm: &Value) -> bool {
     let joins = |disk: &Value| disk["copied_bytes"].is_u64();
-    vm["health"] != "normal" || !vm["error"].is_null() || list(&vm["disks"]).iter().any(joins)
+    vm["health"] != "normal"
+        || vm["media"].is_object()
+        || !vm["error"].is_null()
+        || list(&vm["disks"]).iter().any(joins)
 }
 
 fn details(vm: &Value) -> String {
@@ -212,11 +216,16 @@ fn details(vm: &Value) -> String {
     if vm["progress"].is_object() && vm["resync_reason"].is_string() {
         line("because", text(&vm["resync_reason"]).to_owned());
     }
+    if vm["media"].is_object() {
+        line("media", media(&vm["media"]));
+    }
     if vm["resync"].as_str().is_some_and(|policy| policy != "auto") {
         line("resync", text(&vm["resync"]).to_owned());
     }
     let told = text(&vm["health_reason"]);
-    if let Some(message) = vm["error"]["message"].as_str().filter(|&message| !told.starts_with(message)) {
+    // That media wait is said already.
+    let says_more = |message: &&str| !told.starts_with(message) && vm["error"]["code"] != "media-awaited";
+    if let Some(message) = vm["error"]["message"].as_str().filter(says_more) {
         match vm["failures"].as_u64() {
             Some(0) => line("waits", message.to_owned()),
             _ => line("last error", format!("{message} (failed {} times in a row)", number(&vm["failures"]))),
@@ -252,6 +261,17 @@ fn details(vm: &Value) -> String {
     shown
 }
 
+/// What a set of media waits for, and how far it is.
+fn media(media: &Value) -> String {
+    let logs = match (media["imported"].as_u64(), media["logs"].as_u64()) {
+        (Some(imported), Some(logs)) => format!("{imported} of {logs} logs imported"),
+        (Some(imported), None) => format!("{imported} logs imported"),
+        (None, _) => format!("{} logs written", number(&media["logs"])),
+    };
+    let size = media["bytes"].as_u64().map(|_| format!(", {}", bytes(&media["bytes"]))).unwrap_or_default();
+    format!("{} ({logs}{size})", text(&media["message"]))
+}
+
 fn seeded(vm: &str, answer: &Value) -> String {
     let mut shown = format!("The replica of {vm} will begin with these images, which can be removed now:\n");
     for disk in list(&answer["disks"]) {
@@ -261,6 +281,19 @@ fn seeded(vm: &str, answer: &Value) -> String {
         "Both sides are compared as soon as the site that protects it asks; only what differs travels.",
     );
     shown
+}
+
+fn imported(answer: &Value) -> String {
+    let vm = text(&answer["vm"]);
+    let before = match answer["here_before"].as_u64() {
+        Some(0) | None => String::new(),
+        Some(_) => format!(" ({} of them were here before)", number(&answer["here_before"])),
+    };
+    format!(
+        "The initial replication of {vm} is imported: {} logs{before}, {}.\nThe site that protects it goes on within half a minute, and sends what has changed since. The media can be wiped.",
+        number(&answer["logs"]),
+        bytes(&answer["bytes"])
+    )
 }
 
 fn backup(vm: &str, answer: &Value) -> String {

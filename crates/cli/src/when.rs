@@ -9,18 +9,26 @@ use site::{Changes, Code, Failure, Request, SeedRequest};
 use crate::absolute;
 use crate::args::{PassArguments, Replica, SeedFormat};
 
-/// `now`, `seed`, `at:+3h` or `at:2026-12-01T22:00:00Z`.
+/// `now`, `seed`, `media:DIR`, `at:+3h` or `at:2026-12-01T22:00:00Z`.
 pub fn initial(text: &str) -> Result<InitialStart, String> {
     initial_at(text, SystemTime::now().into())
 }
 
 fn initial_at(text: &str, now: Timestamp) -> Result<InitialStart, String> {
-    let wrong =
-        || format!("{text:?} is not now, seed or at:TIME, with TIME such as +3h or 2026-12-01T22:00:00Z");
+    let wrong = || {
+        format!(
+            "{text:?} is not now, seed, media:DIR or at:TIME, with TIME such as +3h or 2026-12-01T22:00:00Z"
+        )
+    };
     match text {
         "now" => return Ok(InitialStart::Now),
         "seed" => return Ok(InitialStart::Seed),
         _ => {}
+    }
+    if let Some(dir) = text.strip_prefix("media:") {
+        // The site runs in another folder.
+        let dir = std::path::absolute(dir).map_err(|_| "name the folder: media:DIR")?;
+        return Ok(InitialStart::Media { dir });
     }
     let time = text.strip_prefix("at:").ok_or_else(wrong)?;
     let at = match time.strip_prefix('+') {
@@ -37,7 +45,7 @@ pub fn seed_disk(text: &str) -> Result<(DiskName, PathBuf), String> {
 }
 
 pub fn configure(vm: &VmName, passes: &PassArguments) -> Result<Request, Failure> {
-    let changes = Changes { resync: passes.resync, initial: passes.initial };
+    let changes = Changes { resync: passes.resync, initial: passes.initial.clone() };
     if changes == Changes::default() {
         return Err(Failure::new(Code::Usage, "say what is to be otherwise: --resync or --initial"));
     }
@@ -45,7 +53,10 @@ pub fn configure(vm: &VmName, passes: &PassArguments) -> Result<Request, Failure
 }
 
 pub fn replica(replica: &Replica) -> Result<Request, Failure> {
-    let Replica::Seed { vm, disks, format } = replica;
+    let (vm, disks, format) = match replica {
+        Replica::Seed { vm, disks, format } => (vm, disks, format),
+        Replica::Import { from } => return Ok(Request::Import { dir: absolute(from)? }),
+    };
     let absolute = |(name, file): &(DiskName, PathBuf)| Ok((name.clone(), absolute(file)?));
     let format = match format {
         SeedFormat::Raw => "raw",
@@ -72,7 +83,9 @@ mod tests {
         assert_eq!(at("at:+3h"), Ok(InitialStart::At { at: later }));
         assert_eq!(at("at:2023-11-14T22:13:20Z"), Ok(InitialStart::At { at: now }));
         assert_eq!(at("at:2023-11-15T00:13:20+02:00"), Ok(InitialStart::At { at: now }));
-        for bad in ["", "later", "at:", "at:+", "at:tomorrow", "at:22:00", "+3h"] {
+        assert_eq!(at("media:/mnt/usb"), Ok(InitialStart::Media { dir: "/mnt/usb".into() }));
+        assert!(matches!(at("media:usb"), Ok(InitialStart::Media { dir }) if dir.is_absolute()));
+        for bad in ["", "later", "media", "media:", "at:", "at:+", "at:tomorrow", "at:22:00", "+3h"] {
             assert!(at(bad).is_err(), "{bad}");
         }
     }

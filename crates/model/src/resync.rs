@@ -13,6 +13,7 @@
 //! Times of day are UTC: one that does not exist, or comes twice, when clocks are changed, is none to keep a window by.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -68,7 +69,7 @@ pub enum ResyncWord {
 }
 
 /// How an initial replication is to begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "start")]
 pub enum InitialStart {
     /// At once.
@@ -81,6 +82,11 @@ pub enum InitialStart {
     },
     /// Once the replica's site has images of the disks; only what differs is sent.
     Seed,
+    /// At once, and onto media that are carried to the replica's site.
+    Media {
+        /// An empty folder on them.
+        dir: PathBuf,
+    },
 }
 
 /// Whether the next step of a pass may run.
@@ -101,7 +107,7 @@ pub fn may_run(
     phase: &Phase,
     policy: ResyncPolicy,
     word: ResyncWord,
-    initial: InitialStart,
+    initial: &InitialStart,
     now: Timestamp,
 ) -> MayRun {
     let has_begun = match phase {
@@ -110,7 +116,7 @@ pub fn may_run(
         _ => true,
     };
     match (phase, initial) {
-        (_, InitialStart::At { at }) if at > now && !has_begun => MayRun::From(at),
+        (_, InitialStart::At { at }) if *at > now && !has_begun => MayRun::From(*at),
         (Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. }, _) => may_resync(policy, word, now),
         _ => MayRun::Now,
     }
@@ -261,7 +267,7 @@ mod tests {
         let under_way = Phase::Resynchronizing { progress: Progress { covered_bytes: 1, total_bytes: 2 } };
         let required = Phase::ResyncRequired { why: ResyncReason::Requested };
         let [of_both, again] =
-            [under_way, required].map(|phase| may_run(&phase, policy, word, InitialStart::Now, now));
+            [under_way, required].map(|phase| may_run(&phase, policy, word, &InitialStart::Now, now));
         assert_eq!(of_both, again, "a pass rests and goes on by the rule that it begins by");
         of_both
     }
@@ -350,7 +356,7 @@ mod tests {
         let initial = |covered| Phase::InitialReplication {
             progress: Progress { covered_bytes: covered, total_bytes: 9 },
         };
-        let may = |phase: &Phase, now| may_run(phase, ResyncPolicy::Manual, ResyncWord::None, start, now);
+        let may = |phase: &Phase, now| may_run(phase, ResyncPolicy::Manual, ResyncWord::None, &start, now);
         assert_eq!(may(&initial(0), at(9, "21:59")), MayRun::From(begin));
         assert_eq!(may(&initial(0), begin), MayRun::Now);
         assert_eq!(may(&initial(1), at(9, "21:59")), MayRun::Now, "what has begun goes on");

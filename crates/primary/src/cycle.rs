@@ -28,7 +28,7 @@ use crate::ports::{Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, Port
 use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader, RecordSink};
 use crate::relationship::Relationship;
 use crate::rows::{KnownDisk, Protected};
-use crate::ship::{Cycle, Ledger, Shipment};
+use crate::ship::{Carrier, Cycle, Ledger, Shipment};
 
 /// A pass fixes a new moment at least this often: while a moment is fixed, each first write of the guest
 /// to a cluster pays a copy, and the scratch grows.
@@ -59,7 +59,7 @@ pub struct CycleReport {
     pub total: Duration,
 }
 
-type DiskOf<P> = <<P as Ports>::Guest as Guest>::Disk;
+pub(crate) type DiskOf<P> = <<P as Ports>::Guest as Guest>::Disk;
 type CaptureOf<P> = <<P as Ports>::Guest as Guest>::Capture;
 
 impl<P: Ports> Relationship<P> {
@@ -99,7 +99,7 @@ impl<P: Ports> Relationship<P> {
         match outcome {
             Ok((shipment, reading)) => {
                 vm.commit(&disks, base, plan.next).await?;
-                self.squared = true;
+                self.squared = !self.row.is_whole_on_media();
                 let point = (self.row.phase == Phase::Replicating).then_some(consistency);
                 Ok(report(plan, moment, point, note, shipment, reading, fixed.elapsed()))
             }
@@ -116,6 +116,9 @@ impl<P: Ports> Relationship<P> {
     /// Tells the replica what we have, hears what it has, and squares the two.
     pub(crate) async fn square_up(&mut self, vm: &P::Guest, disks: &[DiskOf<P>]) -> Result<(), Failure> {
         let offer = self.offer(vm, disks).await;
+        if let Some(folder) = self.media_folder() {
+            return self.square_up_with_media(&folder, &offer, vm, disks).await;
+        }
         let status = self.remote()?.offer(&offer).await?;
         self.heed_bandwidth(status.bandwidth_bytes_per_s);
         if let Some(refused) = &status.refused {
@@ -125,6 +128,7 @@ impl<P: Ports> Relationship<P> {
                 transient: refused.transient,
             });
         }
+        self.check_import(&status)?;
         let durable = Head { number: status.durable, id: status.durable_id };
         match self.row.shipped.reconcile(durable) {
             Ok(reconciled) => {
@@ -181,6 +185,7 @@ impl<P: Ports> Relationship<P> {
             error: row.error.as_ref().map(|failure| failure.message.clone()),
             paused: row.paused,
             generation: row.generation,
+            media: row.offered_media(),
         }
     }
 
@@ -244,12 +249,22 @@ impl<P: Ports> Relationship<P> {
 
     /// Writes down that both sides must be compared, tells the replica, and gives the failure to show.
     pub(crate) async fn require_resync(&mut self, why: ResyncReason) -> Result<Failure, Failure> {
+        if self.media_folder().is_some() {
+            self.begin_media_anew()?;
+            return self
+                .saved_requirement(format!("the media are written anew from the beginning: {why}"))
+                .await;
+        }
         let message = format!("resynchronization is required: {why}");
         tracing::warn!(vm = %self.row.name, %why, "resynchronization is required");
         if why == ResyncReason::Seeded {
             self.row.passes.word = ResyncWord::Asked; // with the wish for an initial replication
         }
         self.row.must_resync(why);
+        self.saved_requirement(message).await
+    }
+
+    async fn saved_requirement(&mut self, message: String) -> Result<Failure, Failure> {
         self.squared = false;
         durable_step("primary::resync::saving");
         self.row.save(&self.shared.catalog).await?;
@@ -337,7 +352,7 @@ impl<P: Ports> Relationship<P> {
         moment: Timestamp,
         consistency: Consistency,
     ) -> Result<(Shipment, Duration), Failure> {
-        let remote = self.remote()?;
+        let (remote, folder) = (self.remote()?, self.media_folder());
         // What a capture has as records already speaks for changes alone.
         let only_changes = work.is_only_changes();
         let Work { plan, parts, after } = work;
@@ -354,8 +369,14 @@ impl<P: Ports> Relationship<P> {
         let sizes: Vec<u64> = after.iter().map(|disk| disk.size_bytes).collect();
         let cycle = Cycle {
             ports: &self.shared.ports,
-            remote: &remote,
-            limiter: self.limiter.as_ref(),
+            carrier: match &folder {
+                Some(folder) => Carrier::Media(folder),
+                None => Carrier::Line {
+                    remote: &remote,
+                    limiter: self.limiter.as_ref(),
+                    patience: config.patience,
+                },
+            },
             vm: vm_id,
             disks: after
                 .iter()
@@ -364,7 +385,6 @@ impl<P: Ports> Relationship<P> {
             plan,
             moment,
             consistency,
-            patience: config.patience,
         };
         let mut capture = Some(capture);
         let mut reading = Duration::ZERO;
@@ -469,8 +489,16 @@ impl Ledger for Rows<'_> {
             row.disks.clone_from(&self.after);
         }
         let progress = attempt.progress.unwrap_or_default();
-        row.enter(phase_after(self.plan.purpose, makes_point, progress, &row.phase));
-        if makes_point {
+        if let Some(media) = &mut row.passes.media {
+            // At the replica it is once it was imported.
+            media.moment = makes_point.then_some(self.moment);
+            if let Some(progress) = attempt.progress {
+                row.phase = Phase::InitialReplication { progress };
+            }
+        } else {
+            row.enter(phase_after(self.plan.purpose, makes_point, progress, &row.phase));
+        }
+        if makes_point && row.passes.media.is_none() {
             row.point_at = Some(self.moment);
             if self.consistency == Consistency::Application {
                 row.app_at = Some(self.moment);

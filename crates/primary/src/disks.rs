@@ -18,6 +18,7 @@ impl<P: Ports> Relationship<P> {
     /// Begins to replicate more disks of the VM, by their nodes (or targets of a domain of libvirt's).
     pub async fn add_disks(&mut self, nodes: &[String]) -> Result<(), Failure> {
         self.check_is_ours()?;
+        self.check_no_media("no disk can join")?;
         if let Some(known) = self.row.disks.iter().find(|disk| nodes.contains(&disk.node)) {
             let message = format!("disk {} of {} is replicated already", known.name, self.row.name);
             return Err(Failure::lasting(FailureCode::Disks, message));
@@ -86,6 +87,7 @@ impl<P: Ports> Relationship<P> {
     /// Ends the replication of some disks. The points that have them keep them.
     pub async fn remove_disks(&mut self, names: &[DiskName]) -> Result<(), Failure> {
         self.check_is_ours()?;
+        self.check_no_media("no disk can leave")?;
         let refuse = |message| Err(Failure::lasting(FailureCode::Disks, message));
         let all = self.row.disks.iter().map(|disk| disk.name.to_string()).collect::<Vec<_>>().join(", ");
         if let Some(name) = names.iter().find(|name| self.row.disks.iter().all(|disk| disk.name != **name)) {

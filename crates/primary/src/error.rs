@@ -40,6 +40,12 @@ pub enum FailureCode {
     Rests,
     /// The initial replication waits for images at the replica's site.
     SeedAwaited,
+    /// The media that the initial replication is written to cannot be used, or are not there.
+    Media,
+    /// There is no room left on them.
+    MediaFull,
+    /// The media are written, and wait to be imported at the replica's site.
+    MediaAwaited,
     /// The cycle was stopped by a person or by the site's shutdown.
     Stopped,
 }

@@ -23,6 +23,7 @@ impl<P: Ports> Relationship<P> {
     /// replica's site has said that it has taken over, the VM is this site's, and can be started again. Asked again, it
     /// goes on where it was cut off.
     pub async fn hand_over(&mut self, shut_down: Option<Duration>) -> Result<HandedOver, Failure> {
+        self.check_no_media("there is nothing to fail over to")?;
         let handed = match self.handed_over_before().await? {
             Some(handed) => handed,
             None => {

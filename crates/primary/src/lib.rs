@@ -22,7 +22,9 @@ mod cycle;
 mod digests;
 mod disks;
 mod error;
+mod folder;
 mod handover;
+mod media;
 mod passes;
 pub mod ports;
 mod protect;
@@ -55,7 +57,7 @@ pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
 pub use crate::real::{PeerClients, Real, WireRemote, random_id};
 pub use crate::relationship::{Relationship, Shared, Stopper};
-pub use crate::rows::{Image, KnownDisk, Passes, Protected, Settings};
+pub use crate::rows::{Image, KnownDisk, Media, Passes, Protected, Settings, Written};
 use crate::runner::{Handle, Order};
 pub use qemu::{DomainAddress, Monitor};
 

@@ -15,6 +15,7 @@ impl<P: Ports> Relationship<P> {
     /// goes on where it is; after [`Relationship::cancel_resync`] the next one begins anew.
     pub async fn resync(&mut self) -> Result<(), Failure> {
         self.check_is_ours()?;
+        self.check_no_media("there is nothing to compare with")?;
         let begins = match self.row.phase {
             // Nothing has been shipped: there is nothing to compare with.
             Phase::InitialReplication { .. } if self.row.shipped.acked.number.0 == 0 => return Ok(()),
@@ -29,8 +30,15 @@ impl<P: Ports> Relationship<P> {
     }
 
     /// Ends a resynchronization. It is required as before, nothing is replicated, and it waits for a person, or for the
-    /// next window of the policy.
+    /// next window of the policy. An initial replication by media is given up; then it is paused, so that nothing goes over
+    /// the line that nobody has asked for.
     pub async fn cancel_resync(&mut self) -> Result<(), Failure> {
+        if self.row.passes.media.is_some() {
+            self.give_up_media().await;
+            self.row.paused = true;
+            self.announce().await;
+            return self.pause().await;
+        }
         if !matches!(self.row.phase, Phase::ResyncRequired { .. } | Phase::Resynchronizing { .. }) {
             let message = format!(
                 "no resynchronization of {} is required or under way (it is in phase {}); there is nothing to cancel",
@@ -49,7 +57,7 @@ impl<P: Ports> Relationship<P> {
     pub async fn configure(&mut self, changes: Changes) -> Result<(), Failure> {
         self.check_is_ours()?;
         if let Some(initial) = changes.initial {
-            self.set_initial(initial)?;
+            self.set_initial(initial).await?;
         }
         if let Some(policy) = changes.resync {
             self.set_policy(policy);
@@ -68,26 +76,34 @@ impl<P: Ports> Relationship<P> {
         }
     }
 
-    fn set_initial(&mut self, initial: InitialStart) -> Result<(), Failure> {
-        if !self.row.has_not_begun() {
+    async fn set_initial(&mut self, initial: InitialStart) -> Result<(), Failure> {
+        if !self.row.has_not_begun() && self.row.passes.media.is_none() {
             let message = format!(
                 "the initial replication of {} has begun already; 'afterimage pause' and 'resume' stop it and let it go on",
                 self.row.name
             );
             return Err(Failure::lasting(FailureCode::Unfit, message));
         }
-        if let InitialStart::At { at } = initial {
-            check_initial_start(at, self.shared.now())
-                .map_err(|message| Failure::lasting(FailureCode::Unfit, message))?;
-        }
+        let media = match &initial {
+            InitialStart::Media { dir } => Some(Self::begin_media(&self.shared.ports, dir).await?),
+            InitialStart::At { at } => {
+                check_initial_start(*at, self.shared.now())
+                    .map_err(|message| Failure::lasting(FailureCode::Unfit, message))?;
+                None
+            }
+            InitialStart::Now | InitialStart::Seed => None,
+        };
+        self.give_up_media().await;
+        self.row.passes.media = media;
         self.row.passes.initial = initial;
+        self.squared = false;
         self.row.error = None;
         self.book(std::time::Duration::ZERO);
         Ok(())
     }
 
-    /// Tells the replica's site of a VM whose initial replication begins later, so that it is known now what is in the
-    /// way. What may clear by itself until then is no matter.
+    /// Tells the replica's site of a VM whose initial replication begins later, or goes by media, so that it is known now
+    /// what is in the way. What may clear by itself until then is no matter.
     pub(crate) async fn announce(&mut self) {
         let told = async {
             let vm = self.connect_guest().await?;

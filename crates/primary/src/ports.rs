@@ -30,8 +30,8 @@ use nbd::DirtyExtent;
 pub use qemu::AgentAddress;
 use serde_json::Value;
 pub use wire::{
-    DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, RateLimiter, RelationshipStatus,
-    Report,
+    DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, OfferedMedia, RateLimiter,
+    RelationshipStatus, Report,
 };
 
 use crate::error::Failure;

@@ -26,9 +26,9 @@ impl<P: Ports> Relationship<P> {
         vm: VmId,
         generation: u64,
     ) -> Result<Self, Error> {
-        let (peer, initial) = (&request.settings.peer, request.initial);
-        if let InitialStart::At { at } = initial {
-            check_initial_start(at, shared.now()).map_err(Error::Setting)?;
+        let (peer, initial) = (&request.settings.peer, request.initial.clone());
+        if let InitialStart::At { at } = &initial {
+            check_initial_start(*at, shared.now()).map_err(Error::Setting)?;
         }
         if shared.ports.remote(peer).is_none() {
             return Err(Error::Setting(format!(
@@ -38,6 +38,11 @@ impl<P: Ports> Relationship<P> {
         let mut row = Self::first_row(shared, request, vm).await?;
         row.generation = generation;
         row.phase = first_phase(row.total_bytes());
+        row.passes.media = match &initial {
+            InitialStart::Media { dir } => Some(Self::begin_media(&shared.ports, dir).await?),
+            _ => None,
+        };
+        let announces = matches!(initial, InitialStart::At { .. } | InitialStart::Media { .. });
         row.passes.initial = initial;
         durable_step("primary::protect::saving");
         let is_new = row.save_new(&shared.catalog).await?;
@@ -46,7 +51,7 @@ impl<P: Ports> Relationship<P> {
             return Err(Error::Exists(row.name));
         }
         let mut relationship = Self::new(row, Measured::beginning(shared.now()), shared.clone());
-        if let InitialStart::At { .. } = initial {
+        if announces {
             relationship.announce().await;
         }
         Ok(relationship)

@@ -27,7 +27,7 @@ const NEWS_LOOK_MIN: Duration = Duration::from_millis(100);
 /// No more of an error is kept in the monitoring window, in characters.
 const ERROR_CHARS: usize = 500;
 
-/// Whether images have arrived is asked at least this often.
+/// Whether images have arrived, or media were imported, is asked at least this often.
 const SEED_LOOK: Duration = Duration::from_secs(30);
 
 /// What the relationships of a site share.
@@ -261,6 +261,7 @@ impl<P: Ports> Relationship<P> {
         if let Ok(remote) = self.remote() {
             let _ = remote.withdraw(self.row.vm).await;
         }
+        self.give_up_media().await;
         Ok(())
     }
 
@@ -289,7 +290,7 @@ impl<P: Ports> Relationship<P> {
                 self.book(Duration::ZERO);
                 self.owed = Owed::from(self.next_at);
             }
-            Err(failure) if failure.code == FailureCode::SeedAwaited => {
+            Err(failure) if matches!(failure.code, FailureCode::SeedAwaited | FailureCode::MediaAwaited) => {
                 self.row.error = Some(failure.clone());
                 self.book(SEED_LOOK.min(self.row.settings.interval));
                 self.owed = Owed::from(self.next_at);
@@ -433,12 +434,14 @@ impl<P: Ports> Relationship<P> {
     pub fn status(&self) -> VmStatus {
         let now = self.shared.now();
         let measured = self.measured.cycles.sum(now, self.shared.config.thresholds.window);
+        // Media may be on their way for days: that nothing is sent is no news.
+        let by_media = self.row.passes.media.as_ref().map(|_| now);
         let health = assess(
             &HealthInput {
                 phase: &self.row.phase,
                 apply: &ApplyState::Idle,
                 paused: self.row.paused,
-                last_log_at: self.row.point_at.unwrap_or(self.row.made_at),
+                last_log_at: by_media.or(self.row.point_at).unwrap_or(self.row.made_at),
                 interval: self.row.settings.interval,
                 lately: Lately::of(&measured, now),
                 error: self.row.error.as_ref().filter(|f| !f.transient).map(|f| f.message.as_str()),

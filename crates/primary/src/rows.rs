@@ -6,9 +6,10 @@ use std::time::Duration;
 use catalog::column::{json, parsed, to_json};
 use catalog::rusqlite::Row;
 use catalog::{Catalog, OptionalExtension, params, rusqlite};
+use media::MediaKey;
 use model::{
-    CycleTally, DiskName, InitialStart, LastError, MayRun, Phase, ResyncPolicy, ResyncReason, ResyncWord,
-    Shipped, Timestamp, VmId, VmName, Window, may_run,
+    CycleTally, DiskName, InitialStart, LastError, MayRun, MediaId, Phase, ResyncPolicy, ResyncReason,
+    ResyncWord, Shipped, Timestamp, VmId, VmName, Window, may_run,
 };
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,38 @@ pub struct Passes {
     pub word: ResyncWord,
     /// Why it is required; kept while it is under way.
     pub why: Option<ResyncReason>,
+    /// The media that the initial replication goes by, until they were imported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub media: Option<Media>,
+}
+
+/// A set of media.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Media {
+    /// The folder that it is written to.
+    pub dir: PathBuf,
+    /// Its id.
+    pub set: MediaId,
+    /// What opens it; never on the media.
+    pub key: MediaKey,
+    /// A set that was begun in the folder before and is worth nothing.
+    #[serde(default)]
+    pub before: Option<MediaId>,
+    /// The moment of its last log, which makes a recovery point.
+    #[serde(default)]
+    pub moment: Option<Timestamp>,
+    /// When all of it had been written; none before.
+    #[serde(default)]
+    pub written: Option<Written>,
+}
+
+/// A set of media that is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Since when.
+    pub at: Timestamp,
+    /// The bytes of its files.
+    pub bytes: u64,
 }
 
 impl Settings {
@@ -206,7 +239,7 @@ impl Protected {
 
     /// Whether its next cycle may run now, as far as passes are concerned.
     pub fn may_run(&self, now: Timestamp) -> MayRun {
-        may_run(&self.phase, self.settings.resync, self.passes.word, self.passes.initial, now)
+        may_run(&self.phase, self.settings.resync, self.passes.word, &self.passes.initial, now)
     }
 
     /// A pass that is complete has nothing to be steered by any more.
@@ -220,6 +253,7 @@ impl Protected {
     /// Both sides must be compared; `why` is kept while they are.
     pub(crate) fn must_resync(&mut self, why: ResyncReason) {
         self.passes.why = Some(why.clone());
+        self.passes.media = None;
         self.phase = Phase::ResyncRequired { why };
     }
 
@@ -387,6 +421,14 @@ mod tests {
                 initial: InitialStart::At { at: Timestamp(11) },
                 word: ResyncWord::Cancelled { at: Timestamp(12) },
                 why: Some(ResyncReason::Requested),
+                media: Some(Media {
+                    dir: "/mnt/usb".into(),
+                    set: MediaId::from_bytes([3; 16]),
+                    key: MediaKey::from_bytes([4; 32]),
+                    before: Some(MediaId::from_bytes([5; 16])),
+                    moment: Some(Timestamp(13)),
+                    written: Some(Written { at: Timestamp(14), bytes: 15 }),
+                }),
             },
         };
         assert!(row.save_new(&catalog).await.unwrap());

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use wire::RateLimiter;
 
 use crate::error::{Failure, FailureCode};
+use crate::folder::{MediaFolder, MediaUpload};
 use crate::ports::{LogUpload, Ports, Remote, Upload};
 use crate::read::Item;
 
@@ -23,15 +24,54 @@ const LOG_EXTENTS_MAX: usize = 1 << 20;
 /// What is common to all logs of a cycle.
 pub(crate) struct Cycle<'a, P: Ports> {
     pub ports: &'a P,
-    pub remote: &'a P::Remote,
-    pub limiter: Option<&'a RateLimiter>,
+    pub carrier: Carrier<'a, P::Remote>,
     pub vm: VmId,
     /// Those that join last. A point's own log names the disks that it has, and only those.
     pub disks: Vec<log::DiskInfo>,
     pub plan: CyclePlan,
     pub moment: Timestamp,
     pub consistency: Consistency,
-    pub patience: Duration,
+}
+
+/// What logs go by.
+pub(crate) enum Carrier<'a, R> {
+    /// The line to the replica.
+    Line { remote: &'a R, limiter: Option<&'a RateLimiter>, patience: Duration },
+    /// Media that are carried there.
+    Media(&'a MediaFolder),
+}
+
+impl<R: Remote> Carrier<'_, R> {
+    fn upload(&self, vm: VmId, head: Head) -> Carried<R::Upload> {
+        match *self {
+            Self::Line { remote, limiter, patience } => {
+                Carried::ByLine(remote.upload(LogUpload { vm, head, patience, limiter }))
+            }
+            Self::Media(folder) => Carried::ByMedia(Box::new(folder.upload(head))),
+        }
+    }
+}
+
+/// A log on its way by either.
+enum Carried<U> {
+    ByLine(U),
+    ByMedia(Box<MediaUpload>),
+}
+
+impl<U: Upload> Upload for Carried<U> {
+    async fn write(&mut self, bytes: Bytes) -> Result<(), Failure> {
+        match self {
+            Self::ByLine(upload) => upload.write(bytes).await,
+            Self::ByMedia(upload) => upload.write(bytes).await,
+        }
+    }
+
+    async fn finish(self) -> Result<(), Failure> {
+        match self {
+            Self::ByLine(upload) => upload.finish().await,
+            Self::ByMedia(upload) => upload.finish().await,
+        }
+    }
 }
 
 /// What a cycle shipped.
@@ -115,12 +155,7 @@ impl<P: Ports> Cycle<'_, P> {
             disks: disks.to_vec(),
         };
         let encoder = Encoder::new(Vec::new(), &header).map_err(encode_failure)?;
-        let upload = self.remote.upload(LogUpload {
-            vm: self.vm,
-            head,
-            patience: self.patience,
-            limiter: self.limiter,
-        });
+        let upload = self.carrier.upload(self.vm, head);
         Ok(OpenLog { head, encoder, upload })
     }
 
@@ -132,7 +167,7 @@ impl<P: Ports> Cycle<'_, P> {
     }
 }
 
-type UploadOf<P> = <<P as Ports>::Remote as Remote>::Upload;
+type UploadOf<P> = Carried<<<P as Ports>::Remote as Remote>::Upload>;
 
 struct OpenLog<U> {
     head: Head,

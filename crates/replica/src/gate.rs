@@ -11,6 +11,7 @@ use steps::durable_step;
 
 use crate::error::{Error, Result};
 use crate::failover::FailoverStatus;
+use crate::import::AwaitedMedia;
 use crate::rows::{DiskSize, Reported};
 use crate::store::Store;
 use crate::vm::{State, Vm};
@@ -101,6 +102,8 @@ pub struct ReplicaStatus {
     pub folder: std::path::PathBuf,
     /// How often the VM has changed its site for good, and one more.
     pub generation: u64,
+    /// The media that it waits for.
+    pub media: Option<AwaitedMedia>,
     /// Its failover, if it is failed over.
     pub failover: Option<FailoverStatus>,
 }
@@ -192,7 +195,8 @@ impl Store {
             phase: &doc.phase,
             apply: &state.apply,
             paused: doc.reported.paused,
-            last_log_at: doc.last_log_at.unwrap_or(doc.made_at),
+            // Media may be on their way for days: that nothing arrives is no news.
+            last_log_at: if doc.media.is_some() { now } else { doc.last_log_at.unwrap_or(doc.made_at) },
             interval: std::time::Duration::from_secs(doc.interval_s),
             // That is the primary's to judge, which knows of the cycles that failed.
             lately: Lately::default(),
@@ -266,6 +270,13 @@ impl Store {
             damage: doc.damage.clone(),
             folder: row.folder.clone(),
             generation: doc.generation,
+            media: doc.media.as_ref().filter(|_| matches!(doc.phase, Phase::InitialReplication { .. })).map(
+                |media| AwaitedMedia {
+                    set: media.set,
+                    logs: media.logs,
+                    importing: self.staging().importing.contains(&row.name),
+                },
+            ),
             failover: doc.failover.as_ref().map(|failover| FailoverStatus {
                 point: failover.point,
                 ready: failover.ready,

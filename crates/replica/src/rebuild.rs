@@ -241,6 +241,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         unsure: false,
         pinned: Vec::new(),
         forwarded: Vec::new(),
+        media: None,
         measured: Window::beginning(now),
     }
 }

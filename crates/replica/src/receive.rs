@@ -271,6 +271,9 @@ impl Store {
         if point.is_some() {
             doc.damage = None;
         }
+        if log.purpose != Purpose::Initial {
+            doc.media = None; // the primary has heard that they were imported, or has given them up
+        }
         for disk in &header.disks {
             if !doc.disks.contains(&disk.name) {
                 doc.disks.push(disk.name.clone());

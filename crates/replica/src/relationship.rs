@@ -10,7 +10,7 @@ use steps::durable_step;
 use crate::completion::fresh_home;
 use crate::error::{Error, Refused, Result};
 use crate::folder::Folder;
-use crate::rows::{self, Base, DiskSize, Reported, VmDoc, VmRow};
+use crate::rows::{self, Awaited, Base, DiskSize, Reported, VmDoc, VmRow};
 use crate::store::Store;
 use crate::vm::{State, Vm};
 
@@ -37,6 +37,8 @@ pub struct Offer {
     pub paused: bool,
     /// How often the VM has changed its site for good, and one more.
     pub generation: u64,
+    /// The media that its initial replication comes on.
+    pub media: Option<Awaited>,
 }
 
 /// Where a relationship stands here, for its primary.
@@ -116,6 +118,7 @@ impl Store {
         doc.offered = offer.disks;
         doc.withdrawn = false;
         doc.generation = offer.generation;
+        doc.media = offer.media;
         // Whoever offers is about to send: what failed before is no error that lasts.
         take_report(doc, offer.phase, None, offer.paused, self.now());
         let described =
@@ -313,6 +316,7 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         unsure: false,
         pinned: Vec::new(),
         forwarded: Vec::new(),
+        media: offer.media.clone(),
         measured: Window::beginning(now),
     }
 }

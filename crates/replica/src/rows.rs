@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use catalog::column::{json, parsed, to_json};
 use catalog::{Catalog, Transaction, params, rusqlite};
 use log::{DiskInfo, Verified};
+use media::MediaKey;
 use model::{
-    DiskName, Head, LogClass, LogId, LogNumber, Phase, PinnedPoint, PointInfo, Progress, Purpose,
+    DiskName, Head, LogClass, LogId, LogNumber, MediaId, Phase, PinnedPoint, PointInfo, Progress, Purpose,
     ReplicaTally, Timestamp, VmId, VmName, Window,
 };
 use rusqlite::types::FromSqlError;
@@ -57,6 +58,17 @@ impl From<&DiskInfo> for DiskSize {
     fn from(disk: &DiskInfo) -> Self {
         Self { name: disk.name.clone(), size_bytes: disk.size_bytes }
     }
+}
+
+/// A set of media that the replica begins with, as the primary has announced it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The set.
+    pub set: MediaId,
+    /// What opens it.
+    pub key: MediaKey,
+    /// How many logs it has, once it is whole.
+    pub logs: Option<LogNumber>,
 }
 
 /// What the primary last said of itself.
@@ -169,6 +181,9 @@ pub(crate) struct VmDoc {
     /// What a third site has, to which this replica is passed on.
     #[serde(default)]
     pub forwarded: Vec<Mark>,
+    /// The media that the initial replication comes on, until the primary has heard that they were imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media: Option<Awaited>,
     /// The monitoring window. It changes only with what is written anyway.
     #[serde(default)]
     pub measured: Window<ReplicaTally>,

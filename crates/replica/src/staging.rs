@@ -23,11 +23,13 @@ use crate::seed::Seed;
 use crate::store::Store;
 use crate::vm::{State, Vm};
 
-/// Which VMs' images are here, or just being copied.
+/// Which VMs' images are here, or just being copied, and whose media are being imported.
 #[derive(Default)]
 pub(crate) struct Staging {
     ready: BTreeSet<VmName>,
     copying: BTreeSet<VmName>,
+    /// Of these the media are being imported.
+    pub importing: BTreeSet<VmName>,
 }
 
 impl Store {
@@ -93,7 +95,8 @@ impl Store {
     pub(crate) fn adopt_seed(&self, vm: &Vm) -> Result<()> {
         let mut state = vm.live()?;
         let name = state.row.name.clone();
-        if !self.staging().ready.contains(&name) || state.row.doc.migrating.is_some() {
+        let comes_by_media = state.row.doc.media.is_some();
+        if !self.staging().ready.contains(&name) || state.row.doc.migrating.is_some() || comes_by_media {
             return Ok(());
         }
         let staged = self.seeds("ready", &name);
@@ -157,6 +160,12 @@ impl Store {
 
     fn check_seedable(&self, name: &VmName) -> Result<()> {
         let Some(vm) = self.find(name) else { return Ok(()) };
+        if self.vm(vm)?.live()?.row.doc.media.is_some() {
+            let message = format!(
+                "{name} comes here on media; 'afterimage configure {name} --initial seed' at the site that protects it takes images instead"
+            );
+            return Err(Refused::lasting("media", message).into());
+        }
         if is_empty(&*self.vm(vm)?.live()?) {
             return Ok(());
         }
@@ -170,7 +179,7 @@ impl Store {
         self.inner.config.dir.join("seeds").join(kind).join(name.as_str())
     }
 
-    fn staging(&self) -> MutexGuard<'_, Staging> {
+    pub(crate) fn staging(&self) -> MutexGuard<'_, Staging> {
         self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

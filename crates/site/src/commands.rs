@@ -81,6 +81,7 @@ impl Commands for Site {
             Request::Resync { vm, cancel: true } => self.of_primary(self.primary.cancel_resync(&vm).await),
             Request::Configure { vm, changes } => self.of_primary(self.primary.configure(&vm, changes).await),
             Request::Seed(request) => self.seed_replica(request).await,
+            Request::Import { dir } => self.import_media(dir, &reporter).await,
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
             Request::Extend(extend) => self.extend(extend).await,
             Request::Unextend { vm } => self.unextend(&vm).await,

@@ -9,8 +9,8 @@ use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
     ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId, Newcomer, Offer,
-    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
-    UploadState, WireEvent, codes,
+    OfferedMedia, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver,
+    TakenOver, UploadState, WireEvent, codes,
 };
 
 use crate::authority::{Authority, revoked};
@@ -94,6 +94,7 @@ fn offered(offer: Offer) -> replica::Offer {
         phase: offer.phase,
         paused: offer.paused,
         generation: offer.generation,
+        media: offer.media.map(|OfferedMedia { set, key, logs }| replica::Awaited { set, key, logs }),
     }
 }
 

@@ -42,6 +42,8 @@ pub enum Code {
     Unfit,
     /// A resynchronization rests: by its policy, or because a person has cancelled it.
     Rests,
+    /// The media of an initial replication are not there, are others, or have no room.
+    Media,
     /// There is no such recovery point, or none at all.
     NoSuchPoint,
     /// The gate refused; `condition` says which of its eight conditions holds.
@@ -188,6 +190,7 @@ impl From<primary::Error> for Failure {
                 let code = match failure.code {
                     FailureCode::Unfit => Code::Unfit,
                     FailureCode::Rests => Code::Rests,
+                    FailureCode::Media | FailureCode::MediaFull | FailureCode::MediaAwaited => Code::Media,
                     _ => Code::Cycle,
                 };
                 Self { transient: failure.transient, ..Self::new(code, message) }

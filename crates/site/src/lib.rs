@@ -28,6 +28,7 @@ mod init;
 mod jobs;
 mod known;
 mod measurements;
+mod media;
 mod peers;
 mod points;
 mod random;

@@ -138,6 +138,11 @@ pub enum Request {
     },
     /// At the replica's site: images that the replica of a VM is to begin with.
     Seed(SeedRequest),
+    /// At the replica's site: media with the initial replication of a VM.
+    Import {
+        /// The folder.
+        dir: PathBuf,
+    },
     /// Runs a cycle now and waits for it.
     Sync {
         /// The VM.

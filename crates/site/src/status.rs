@@ -7,6 +7,7 @@ use model::{
 use serde::Serialize;
 
 use crate::clock::{rfc3339, seconds, serialize_moment, serialize_optional_moment};
+use crate::media::MediaView;
 
 /// One relationship, for scripts and for tables. Names are stable.
 #[derive(Debug, Clone, Serialize)]
@@ -84,6 +85,9 @@ pub struct PrimarySide {
     pub resync: ResyncPolicy,
     /// Why both sides are compared, or are to be.
     pub resync_reason: Option<String>,
+    /// The media that its initial replication goes by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub media: Option<MediaView>,
     /// When the next one is due.
     #[serde(serialize_with = "serialize_moment")]
     pub next_cycle_at: Timestamp,
@@ -112,7 +116,7 @@ impl RestView {
             MayRun::WhenAsked => None,
         };
         let cancelled = matches!(status.passes.word, ResyncWord::Cancelled { .. });
-        let message = match (until, status.passes.initial, status.settings.resync) {
+        let message = match (until, &status.passes.initial, status.settings.resync) {
             (Some(at), InitialStart::At { .. }, _) => format!(
                 "the initial replication begins at {}; 'afterimage resume {name}' begins it now",
                 rfc3339(at)
@@ -159,6 +163,9 @@ pub struct ReplicaSide {
     pub withdrawn: bool,
     /// What was lost here, until a resynchronization has made it good.
     pub damage: Option<String>,
+    /// The media that its initial replication comes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub media: Option<MediaView>,
 }
 
 /// One cycle.
@@ -244,12 +251,14 @@ impl VmView {
                 })
                 .collect(),
             side: Side::Primary(PrimarySide {
-                acked: status.acked.0,
+                // What is on media is not at the replica.
+                acked: if status.passes.media.is_some() { 0 } else { status.acked.0 },
                 failures: status.failures,
                 error: status.error.clone(),
                 rests,
                 resync: settings.resync,
                 resync_reason: status.passes.why.as_ref().map(ToString::to_string),
+                media: MediaView::of_primary(status),
                 next_cycle_at: status.next_at,
                 last_cycle: status.last_cycle.as_ref().map(CycleView::of),
                 sent_bytes: status.sent_bytes,
@@ -310,6 +319,7 @@ impl VmView {
                 views: status.views,
                 withdrawn: status.withdrawn,
                 damage: status.damage.clone(),
+                media: MediaView::of_replica(status),
             }),
         }
     }

@@ -1,6 +1,9 @@
 //! What two sites say to each other, as JSON. `docs/format/wire-v1.md` describes it for other programs.
 
-use model::{DISK_BYTES_MAX, DiskName, LogId, LogNumber, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName};
+use media::MediaKey;
+use model::{
+    DISK_BYTES_MAX, DiskName, LogId, LogNumber, MediaId, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName,
+};
 use serde::{Deserialize, Serialize};
 
 /// A primary tells a replica's site what it protects; made again whenever the two must be squared.
@@ -29,6 +32,21 @@ pub struct Offer {
     /// How often the VM has changed its site for good, and one more.
     #[serde(default = "first_generation")]
     pub generation: u64,
+    /// The initial replication comes on media.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media: Option<OfferedMedia>,
+}
+
+/// A set of media that the replica is to begin with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedMedia {
+    /// The set.
+    pub set: MediaId,
+    /// What opens it.
+    pub key: MediaKey,
+    /// How many logs it has, once it is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logs: Option<LogNumber>,
 }
 
 const fn first_generation() -> u64 {

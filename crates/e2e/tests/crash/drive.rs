@@ -1,5 +1,6 @@
 //! What is done so that a process comes to a step, and what a person does afterwards.
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ pub enum Drive {
     Protect,
     /// Images are brought, and the VM is offered for the first time.
     Seed,
+    /// A VM is protected, and replicated by media.
+    Media,
     /// A VM is offered again.
     Offer,
     /// The policy is set anew.
@@ -122,6 +125,7 @@ impl Drive {
             Sync => "a cycle",
             Protect => "a VM is protected",
             Seed => "replica seed, and a VM is protected",
+            Media => "protect --initial media, replica import",
             Offer => "the primary comes back",
             Configure => "configure",
             Resync => "resync",
@@ -173,7 +177,7 @@ impl Drive {
 
     /// Whether the VM has another id afterwards, and begins anew.
     pub fn protects_anew(self) -> bool {
-        matches!(self, Protect | Seed | Withdraw | Remove)
+        matches!(self, Protect | Seed | Media | Withdraw | Remove)
     }
 
     /// Whether the site dies before it is ready.
@@ -184,9 +188,12 @@ impl Drive {
     /// Before the site is started with its fail point.
     pub fn prepare(self, pair: &mut Pair) -> Result<()> {
         match self {
-            Protect | Seed => {
+            Protect | Seed | Media => {
                 pair.branch.ok(&["unprotect", VM])?;
-                pair.head.ok(&["unprotect", VM]).map(drop)
+                pair.head.ok(&["unprotect", VM])?;
+                let media = pair.media();
+                let _ = std::fs::remove_dir_all(&media);
+                std::fs::create_dir(media).map_err(trouble)
             }
             Remove => pair.branch.ok(&["unprotect", VM]).map(drop),
             Cancel => pair.head.ok(&["failover", "unplanned", VM]).map(drop),
@@ -272,6 +279,7 @@ impl Drive {
                 pair.bring_images()?;
                 pair.order_protect(&[])
             }
+            Media => pair.order_protect(&["--initial", &format!("media:{}", pair.media().display())]),
             Configure => order(branch, &["configure", VM, "--resync", "auto"]),
             Resync => order(branch, &["resync", VM]),
             Offer => {
@@ -373,6 +381,16 @@ impl Drive {
                 pair.branch.ok(&["resume", VM])?;
                 pair.replicated()
             }
+            Media => {
+                if pair.branch.run(&["status", VM])?.status != 0 {
+                    return pair.protect();
+                }
+                pair.branch.ok(&["resume", VM])?;
+                let written = |vm: &serde_json::Value| vm["media"]["written_at"].is_string();
+                pair.branch.wait_vm(VM, "to be written to its media", LONG, written)?;
+                pair.head.ok(&["replica", "import", path(&pair.media())])?;
+                pair.replicated()
+            }
             Report | Resync => pair.branch.ok(&["resume", VM]).map(drop),
             Disks => {
                 // It is out or not: in the end it is back, and whole.
@@ -443,6 +461,11 @@ impl Pair {
         await_death(&mut self.head, step)?;
         drop(begun);
         Ok(())
+    }
+
+    /// The folder on a removable disk.
+    fn media(&self) -> PathBuf {
+        self.dir.path().join("media")
     }
 
     /// Older images of the VM's disks are brought to the replica's site, which may die of it.

@@ -34,6 +34,7 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("primary::forget::", Branch, Withdraw),
     ("primary::handover::", Branch, Move),
     ("primary::measured::", Branch, MeasuredThere),
+    ("primary::media::", Branch, Media),
     ("primary::offer::", Branch, Sync),
     ("primary::pause::", Branch, Report),
     ("primary::protect::", Branch, Protect),
@@ -106,8 +107,11 @@ const PLAN: &[(&str, Side, Drive)] = &[
 ];
 
 /// Steps that are other ones when they come again: the lock, packs, the index and the list of a backup are all
-/// written as files; a pass has several logs.
+/// written as files; a pass has several logs; a set of media has a card, a log and an end.
 const AGAIN: &[(&str, &[u32])] = &[
+    ("primary::media::renamed", &[2, 3]),
+    ("primary::media::saving", &[2]),
+    ("primary::media::written", &[2, 3]),
     ("qemu::sweep::begin", &[2]),
     ("qemu::sweep::exports", &[2]),
     ("qemu::sweep::files", &[2]),

@@ -18,6 +18,7 @@ use primary::{
 use tokio::time::Instant;
 
 pub use guest::{BLOCK, Guest, Vm};
+#[allow(unused_imports, reason = "each test file uses its part")]
 pub use replica::{Fault, Link, Replica};
 
 /// Everything that there is. Clones are the same world.

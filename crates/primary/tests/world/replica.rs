@@ -2,6 +2,7 @@
 
 use std::future::pending;
 use std::io::Cursor;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use bytes::Bytes;
 use log::RecordReader;
 use model::{Head, Phase, Progress, VmId};
 use primary::ports::{
-    self, DigestRequest, HandOver, HandedOver, LogUpload, Offer, RelationshipStatus, Remote, Report,
+    self, DigestRequest, HandOver, HandedOver, LogUpload, Offer, OfferedMedia, RelationshipStatus, Remote,
+    Report,
 };
 use primary::{Failure, FailureCode};
 use tokio::sync::Notify;
@@ -41,6 +43,10 @@ pub struct Replica {
     pub handed_over: bool,
     pub digests_asked: u64,
     pub fault: Option<Fault>,
+    /// The media that it waits for, as it was last told.
+    pub media: Option<OfferedMedia>,
+    /// Nothing gets there.
+    pub unreachable: bool,
     /// Told when an upload hangs.
     pub hangs: Arc<Notify>,
 }
@@ -58,6 +64,8 @@ impl Default for Replica {
             handed_over: false,
             digests_asked: 0,
             fault: None,
+            media: None,
+            unreachable: false,
             hangs: Arc::default(),
         }
     }
@@ -95,11 +103,27 @@ impl Replica {
         }
         self.phase = model::phase_after(header.purpose, makes_point, footer.progress, &self.phase);
         self.durable = Head { number: header.number, id: header.id };
+        if header.purpose != model::Purpose::Initial {
+            self.media = None;
+        }
         self.logs.push(bytes);
     }
 }
 
 impl Replica {
+    /// Opens the next log of a set of media, and takes it.
+    pub fn import(&mut self, dir: &Path, vm: VmId) {
+        let OfferedMedia { set, key, .. } = self.media.clone().expect("it waits for media");
+        let number = self.durable.number.next();
+        let file = std::fs::read(dir.join(media::log_file(number))).unwrap();
+        let header = media::Header::decode(&file).unwrap();
+        header.check(media::Kind::Log, set, vm, number).unwrap();
+        let (mut opener, mut log) = (media::Opener::new(&key, &header), Vec::new());
+        opener.push(&file[media::HEADER_BYTES..], &mut log).unwrap();
+        opener.finish(&mut log).unwrap();
+        self.take(log);
+    }
+
     /// Where a log's disk is; a new one, or the new end of one that has grown, is zeros.
     fn place(&mut self, disk: &log::DiskInfo) -> usize {
         let found = self.disks.iter().position(|(name, _)| *name == disk.name);
@@ -121,6 +145,10 @@ impl Remote for Link {
 
     async fn offer(&self, offer: &Offer) -> Result<RelationshipStatus, Failure> {
         let replica = &mut self.0.lock().replica;
+        if replica.unreachable {
+            return Err(broken("the link is down"));
+        }
+        replica.media = offer.media.clone();
         if replica.disks.is_empty() {
             let empty = offer.disks.iter().map(|d| (d.name.clone(), vec![0; d.size_bytes as usize]));
             replica.disks = empty.collect();

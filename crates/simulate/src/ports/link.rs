@@ -214,6 +214,7 @@ fn to_store(offer: &Offer) -> replica::Offer {
         phase: offer.phase.clone(),
         paused: offer.paused,
         generation: offer.generation,
+        media: None,
     }
 }
 
