@@ -389,6 +389,7 @@ impl Drive {
                 let written = |vm: &serde_json::Value| vm["media"]["written_at"].is_string();
                 pair.branch.wait_vm(VM, "to be written to its media", LONG, written)?;
                 pair.head.ok(&["replica", "import", path(&pair.media())])?;
+                pair.branch.ok(&["resume", VM])?; // it would look by itself, in half a minute
                 pair.replicated()
             }
             Report | Resync => pair.branch.ok(&["resume", VM]).map(drop),
