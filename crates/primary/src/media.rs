@@ -89,13 +89,14 @@ impl<P: Ports> Relationship<P> {
         if let Some(refused) = status.refused.as_ref().filter(|refused| !refused.transient) {
             return Err(Failure::lasting(FailureCode::ReplicaRefused, refused.message.clone()));
         }
-        if status.durable.0 == 0 {
+        let has_images = matches!(status.phase, Phase::ResyncRequired { .. });
+        if status.durable.0 == 0 && !has_images {
             return Ok(());
         }
         let (name, peer) = (&self.row.name, &self.row.settings.peer);
+        let what = if has_images { "images of it".to_owned() } else { format!("{} logs", status.durable) };
         let message = format!(
-            "{peer} has a part of {name} already ({} logs), media cannot begin anew there; 'afterimage configure {name} --initial now' compares both sides and sends what differs",
-            status.durable
+            "{peer} has a part of {name} already ({what}), media cannot begin anew there; 'afterimage configure {name} --initial now' compares both sides and sends what differs"
         );
         Err(Failure::lasting(FailureCode::Media, message))
     }

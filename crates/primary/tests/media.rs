@@ -178,6 +178,22 @@ fn unfit_now(outcome: Result<(), Failure>) {
 }
 
 #[test]
+fn media_do_not_begin_where_images_were_brought() {
+    alone(async {
+        let mut story = Story::new(79).await;
+        story.world.lock().replica.phase = Phase::ResyncRequired { why: ResyncReason::Seeded };
+        let refused = story.web.cycle_now().await.unwrap_err();
+        assert_eq!((refused.code, refused.transient), (FailureCode::Media, false), "{refused}");
+        assert!(refused.message.contains("(images of it)"), "{refused}");
+        let over_the_line = Changes { initial: Some(InitialStart::Now), ..Changes::default() };
+        story.web.configure(over_the_line).await.unwrap();
+        let failure = story.web.cycle_now().await.unwrap_err();
+        assert_eq!(failure.code, FailureCode::ResyncRequired);
+        story.in_the_end_both_sides_are_the_same().await;
+    });
+}
+
+#[test]
 fn given_up_half_imported_the_two_sides_are_compared() {
     alone(async {
         let mut story = Story::new(78).await;
