@@ -8,8 +8,10 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::accelerator::{Accelerator, escaped};
+use crate::address::IpSettings;
 use crate::error::Error;
-use crate::machine::{Bus, Firmware, Kind, Machine};
+use crate::machine::{Bus, Firmware, Machine};
+use crate::network::NetworkMap;
 use crate::sign::SignOfLife;
 
 /// Debian's OVMF: the code, and the variables that a machine starts with.
@@ -34,6 +36,13 @@ pub struct Local {
     pub append: Option<String>,
     /// Further arguments of QEMU, as they are.
     pub args: Vec<String>,
+    /// The whole command line instead, for a VM that is to go on running here (`{disk:NAME}` stands for a disk's file);
+    /// not for boot checks and tests, which are kept apart from everything.
+    pub command: Vec<String>,
+    /// What networks of the primary's site are here, for this VM.
+    pub networks: NetworkMap,
+    /// Addresses that the guest is to take here.
+    pub ip: Vec<IpSettings>,
 }
 
 /// QEMU's name of the serial console.
@@ -75,7 +84,7 @@ pub struct Order {
     pub vnc: bool,
 }
 
-/// The files of a boot in its folder.
+/// The files of a machine in its folder.
 pub(crate) struct Files<'a>(pub &'a Path);
 
 impl Files<'_> {
@@ -107,7 +116,7 @@ impl Files<'_> {
         self.0.join("screen.png")
     }
 
-    fn variables(&self) -> PathBuf {
+    pub fn variables(&self) -> PathBuf {
         self.0.join("uefi-variables.fd")
     }
 }
@@ -117,14 +126,7 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
     let Order { program, accelerator, machine, local, disks, sign, dir, vnc, .. } = order;
     let files = &Files(dir);
     let mut command = Command::new(program);
-    let kind = match machine.kind {
-        Kind::Pc => "pc",
-        Kind::Q35 => "q35",
-    };
-    command.args(["-machine", kind, "-accel", accelerator.name(), "-cpu", "max"]);
-    command.args(["-m", &local.memory_mib.unwrap_or(machine.memory_mib).to_string()]);
-    command.args(["-smp", &local.cpus.unwrap_or(machine.cpus).to_string()]);
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"]);
+    command.args(board(machine.kind.name(), *accelerator, machine, local));
     if *vnc {
         command.arg("-vnc").arg(format!("unix:{}", escaped(&files.vnc())));
     }
@@ -135,12 +137,8 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
     // A ring, because a guest can write for ever.
     command.arg("-chardev").arg(format!("ringbuf,id={CONSOLE},size={CONSOLE_RING_BYTES}"));
     command.arg("-serial").arg(format!("chardev:{CONSOLE}"));
-    command.args(["-device", "virtio-serial-pci"]);
-    command
-        .arg("-chardev")
-        .arg(format!("socket,id=agent,path={},server=on,wait=off", escaped(&files.agent())));
-    command.arg("-device").arg(format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
-    firmware(&mut command, machine.firmware, local, files)?;
+    command.args(agent(files));
+    command.args(firmware(machine.firmware, local, files)?);
     network(&mut command, sign, port);
     if disks.iter().any(|disk| machine.bus(&disk.name) == Bus::Scsi) {
         command.args(["-device", "virtio-scsi-pci,id=scsi"]);
@@ -149,7 +147,7 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
         let node = json!({"driver": "nbd", "node-name": format!("disk{place}"), "export": disk.export,
             "server": {"type": "unix", "path": disk.socket}});
         command.arg("-blockdev").arg(node.to_string());
-        let mut device = device(machine.bus(&disk.name), place);
+        let mut device = device(machine.bus(&disk.name), place, &format!("disk{place}"));
         if local.kernel.is_none() {
             device.push_str(&format!(",bootindex={place}"));
         }
@@ -159,40 +157,56 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
     Ok(command)
 }
 
-fn device(bus: Bus, place: usize) -> String {
+/// What every machine begins with.
+pub(crate) fn board(kind: &str, accelerator: Accelerator, machine: &Machine, local: &Local) -> Vec<String> {
+    let memory = local.memory_mib.unwrap_or(machine.memory_mib).to_string();
+    let cpus = local.cpus.unwrap_or(machine.cpus).to_string();
+    let words = ["-machine", kind, "-accel", accelerator.name(), "-cpu", "max", "-m", &memory, "-smp", &cpus];
+    let nothing_else = ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"];
+    words.into_iter().chain(nothing_else).map(Into::into).collect()
+}
+
+/// The guest agent's port.
+pub(crate) fn agent(files: &Files<'_>) -> Vec<String> {
+    let socket = format!("socket,id=agent,path={},server=on,wait=off", escaped(&files.agent()));
+    let port = format!("virtserialport,chardev=agent,name={AGENT_PORT}");
+    ["-device", "virtio-serial-pci", "-chardev", &socket, "-device", &port].map(Into::into).into()
+}
+
+/// A disk's device.
+pub(crate) fn device(bus: Bus, place: usize, node: &str) -> String {
     let device = match bus {
         Bus::Virtio => "virtio-blk-pci".to_owned(),
         Bus::Scsi => "scsi-hd,bus=scsi.0".to_owned(),
         Bus::Ide => "ide-hd".to_owned(),
         Bus::Nvme => format!("nvme,serial=disk{place}"),
     };
-    format!("{device},drive=disk{place}")
+    format!("{device},drive={node}")
 }
 
-fn firmware(
-    command: &mut Command,
-    firmware: Firmware,
-    local: &Local,
-    files: &Files<'_>,
-) -> Result<(), Error> {
+/// What starts the guest. A machine that has variables of its own firmware in its folder keeps them.
+pub(crate) fn firmware(firmware: Firmware, local: &Local, files: &Files<'_>) -> Result<Vec<String>, Error> {
+    let mut words = Vec::new();
     if let Some(kernel) = &local.kernel {
-        command.arg("-kernel").arg(kernel);
+        words.extend(["-kernel".into(), kernel.display().to_string()]);
         if let Some(initrd) = &local.initrd {
-            command.arg("-initrd").arg(initrd);
+            words.extend(["-initrd".into(), initrd.display().to_string()]);
         }
         if let Some(append) = &local.append {
-            command.arg("-append").arg(append);
+            words.extend(["-append".into(), append.clone()]);
         }
     } else if firmware == Firmware::Uefi {
         if !Path::new(OVMF_CODE).exists() {
             return Err(Error::NoFirmware(OVMF_CODE.into()));
         }
         let variables = files.variables();
-        std::fs::copy(OVMF_VARS, &variables).map_err(Error::io("copy to", &variables))?;
-        command.arg("-drive").arg(format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}"));
-        command.arg("-drive").arg(format!("if=pflash,format=raw,file={}", escaped(&variables)));
+        if !variables.exists() {
+            std::fs::copy(OVMF_VARS, &variables).map_err(Error::io("copy to", &variables))?;
+        }
+        words.extend(["-drive".into(), format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}")]);
+        words.extend(["-drive".into(), format!("if=pflash,format=raw,file={}", escaped(&variables))]);
     }
-    Ok(())
+    Ok(words)
 }
 
 /// A network in which the guest is alone, where one is needed at all.

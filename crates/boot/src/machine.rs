@@ -4,8 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use crate::network::Nic;
+
 /// Memory where nothing was told, in MiB.
 const MEMORY_MIB: u64 = 1024;
+/// No machine has more network cards: a bus has no more places.
+const NICS_MAX: usize = 16;
 
 /// The board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +18,27 @@ pub enum Kind {
     Pc,
     /// Q35.
     Q35,
+}
+
+impl Kind {
+    /// As QEMU calls the newest one it has.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pc => "pc",
+            Self::Q35 => "q35",
+        }
+    }
+
+    /// As QEMU calls the one of a version.
+    #[must_use]
+    pub fn versioned(self, (major, minor): (u16, u16)) -> String {
+        let chipset = match self {
+            Self::Pc => "i440fx",
+            Self::Q35 => "q35",
+        };
+        format!("pc-{chipset}-{major}.{minor}")
+    }
 }
 
 /// What starts the boot loader.
@@ -43,6 +68,12 @@ pub enum Bus {
 pub struct Machine {
     /// The board.
     pub kind: Kind,
+    /// Which QEMU's board of that kind, such as 7.2; a guest takes another one for other hardware.
+    pub version: Option<(u16, u16)>,
+    /// What a guest knows its machine by (SMBIOS): licences hang on it.
+    pub uuid: Option<String>,
+    /// Network cards.
+    pub nics: Vec<Nic>,
     /// What starts the boot loader.
     pub firmware: Firmware,
     /// Memory in MiB.
@@ -65,8 +96,12 @@ impl Machine {
         let bytes = definition["query-memory-size-summary"]["base-memory"].as_u64();
         let cpus = definition["query-cpus-fast"].as_array().map_or(1, Vec::len);
         let buses = definition["disk-devices"].as_object().into_iter().flatten();
+        let nics = definition["networks"].as_array().into_iter().flatten();
         Self {
             kind,
+            version: version(told("machine-type")),
+            uuid: definition["query-uuid"]["UUID"].as_str().and_then(uuid),
+            nics: nics.filter_map(Nic::of_definition).take(NICS_MAX).collect(),
             firmware: if has_flash { Firmware::Uefi } else { Firmware::Bios },
             memory_mib: bytes.map_or(MEMORY_MIB, |bytes| bytes >> 20).max(64),
             cpus: u32::try_from(cpus).unwrap_or(1).max(1),
@@ -103,6 +138,23 @@ impl Bus {
     }
 }
 
+/// The version in QEMU's name of a board: 7.2 of `pc-q35-7.2-machine`.
+fn version(board: &str) -> Option<(u16, u16)> {
+    let version = board.strip_suffix("-machine")?.rsplit('-').next()?;
+    let (major, minor) = version.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// A UUID, unless it is the one of a machine that was given none.
+fn uuid(text: &str) -> Option<String> {
+    let is_form = text.len() == 36
+        && text.char_indices().all(|(at, c)| match at {
+            8 | 13 | 18 | 23 => c == '-',
+            _ => c.is_ascii_hexdigit(),
+        });
+    (is_form && text.chars().any(|c| !matches!(c, '0' | '-'))).then(|| text.to_ascii_lowercase())
+}
+
 /// How likely a disk is the one to boot from, by its first sector: the least first. A BIOS tries one disk alone, and a VM
 /// does not tell which.
 #[must_use]
@@ -132,8 +184,17 @@ mod tests {
             "query-cpus-fast": [{"cpu-index": 0}, {"cpu-index": 1}],
             "query-block": [{"device": "pflash0"}, {"device": ""}],
             "disk-devices": {"system": "ide-hd", "data": "virtio-blk-device", "logs": "scsi-hd", "fast": "nvme"},
+            "query-uuid": {"UUID": "6F1E0B3C-0000-4000-8000-0123456789ab"},
+            "networks": [{"device": "virtio-net-pci", "mac": "52:54:00:AB:cd:01", "network": "lan"}, {"device": "x"}],
         }));
         assert_eq!((machine.kind, machine.firmware), (Kind::Q35, Firmware::Uefi));
+        assert_eq!(machine.version, Some((7, 2)));
+        assert_eq!(machine.uuid.as_deref(), Some("6f1e0b3c-0000-4000-8000-0123456789ab"));
+        assert_eq!(machine.nics.len(), 1, "what is no card is none");
+        assert_eq!(
+            (machine.nics[0].mac.to_string(), &*machine.nics[0].network),
+            ("52:54:00:ab:cd:01".into(), "lan")
+        );
         assert_eq!((machine.memory_mib, machine.cpus), (4096, 2));
         let buses = ["system", "data", "logs", "fast", "new"].map(|disk| machine.bus(disk));
         assert_eq!(buses, [Bus::Ide, Bus::Virtio, Bus::Scsi, Bus::Nvme, Bus::Virtio]);
@@ -147,11 +208,13 @@ mod tests {
             json!(null),
             json!({}),
             json!([1]),
-            json!({"query-block": 5, "disk-devices": "x", "machine-type": 7}),
+            json!({"query-block": 5, "disk-devices": "x", "machine-type": 7, "networks": {"a": 1}}),
+            json!({"query-uuid": {"UUID": "00000000-0000-0000-0000-000000000000"}, "machine-type": "pc-1,x-machine"}),
         ] {
             let machine = Machine::of_definition(&nothing);
             assert_eq!((machine.kind, machine.firmware), (Kind::Pc, Firmware::Bios));
             assert_eq!((machine.memory_mib, machine.cpus), (1024, 1));
+            assert_eq!((machine.version, machine.uuid, machine.nics.len()), (None, None, 0));
         }
     }
 

@@ -186,16 +186,19 @@ impl Instance {
     }
 }
 
-/// Ends a QEMU whose owner was killed before it could: by the process that the folder names, if that is one which was
-/// started with this folder.
+/// Ends a QEMU whose owner was killed before it could.
 pub fn end_leftover(dir: &Path) {
-    let Ok(pid) = std::fs::read_to_string(Files(dir).pid()) else { return };
-    let Ok(pid) = pid.trim().parse::<i32>() else { return };
-    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let qmp = format!("unix:{}", escaped(&Files(dir).qmp()));
-    if command.split(|&byte| byte == 0).any(|word| word.starts_with(qmp.as_bytes())) {
+    if let Some(pid) = process(dir, &Files(dir).qmp()) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
+}
+
+/// The process that a folder names, if that is one which was started with this monitor: a number is given again.
+pub(crate) fn process(dir: &Path, monitor: &Path) -> Option<i32> {
+    let pid: i32 = std::fs::read_to_string(Files(dir).pid()).ok()?.trim().parse().ok()?;
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let monitor = format!("unix:{},", escaped(monitor));
+    command.split(|&byte| byte == 0).any(|word| word.starts_with(monitor.as_bytes())).then_some(pid)
 }
 
 /// Something in the guest takes the connection: QEMU itself takes it for a port that nobody listens on, and closes it.

@@ -442,6 +442,26 @@ pub enum Failover {
         /// The recovery point; the newest if none is named.
         #[arg(long, value_name = "ID")]
         point: Option<PointRef>,
+        /// Start the VM here too, as 'failover start' does.
+        #[arg(long)]
+        start: bool,
+    },
+    /// Start a VM that is failed over to this site, on this site's networks; it goes on running by itself.
+    Start {
+        vm: VmName,
+        /// Start nothing; show the command line and the networks.
+        #[arg(long)]
+        show: bool,
+    },
+    /// Shut down a VM that 'failover start' has started.
+    Stop {
+        vm: VmName,
+        /// How long the guest may take.
+        #[arg(long, value_parser = humantime::parse_duration, default_value = "5m", value_name = "TIME")]
+        within: Duration,
+        /// Do not ask the guest: pull the plug.
+        #[arg(long)]
+        kill: bool,
     },
     /// At the site where the VM runs: give it, switched off, to its replica's site. Nothing is lost.
     Planned {
@@ -455,16 +475,18 @@ pub enum Failover {
     /// Make a failover final: the other points go, and the VM's disks need nothing of Afterimage any more.
     Complete {
         vm: VmName,
-        /// The QMP socket of the QEMU that runs the VM here; without it, its disks are moved when it is off.
+        /// The QMP socket of the QEMU that runs the VM here; not needed for one that 'failover start' has started.
+        /// Without either, its disks are moved when it is off.
         #[arg(long, value_name = "SOCKET")]
         qmp: Option<PathBuf>,
     },
     /// Replicate a VM that was failed over to this site back to where it came from; only differences travel.
     Reverse {
         vm: VmName,
-        /// The QMP socket of the QEMU that runs the VM here; Afterimage needs one for itself.
+        /// The QMP socket of the QEMU that runs the VM here, one for Afterimage alone; not needed for one that
+        /// 'failover start' has started.
         #[arg(long, value_name = "SOCKET")]
-        qmp: PathBuf,
+        qmp: Option<PathBuf>,
         /// The socket of QEMU's NBD server, where it has one already.
         #[arg(long, value_name = "SOCKET")]
         nbd: Option<PathBuf>,

@@ -21,8 +21,12 @@ pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
             vm: vm.clone(),
             shut_down_s: shutdown.map(|patience| patience.as_secs().max(1)),
         },
-        Failover::Unplanned { vm, point } => {
-            FailoverRequest::Unplanned { vm: vm.clone(), point: point.clone() }
+        Failover::Unplanned { vm, point, start } => {
+            FailoverRequest::Unplanned { vm: vm.clone(), point: point.clone(), start: *start }
+        }
+        Failover::Start { vm, show } => FailoverRequest::Start { vm: vm.clone(), only_show: *show },
+        Failover::Stop { vm, within, kill } => {
+            FailoverRequest::Stop { vm: vm.clone(), within_s: (!kill).then(|| within.as_secs().max(1)) }
         }
         Failover::Cancel { vm } => FailoverRequest::Cancel { vm: vm.clone() },
         Failover::Complete { vm, qmp } => {
@@ -31,7 +35,7 @@ pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
         Failover::Reverse { vm, qmp, nbd, to, every, guest_agent } => {
             FailoverRequest::Reverse(Box::new(site::Reverse {
                 vm: vm.clone(),
-                qmp: absolute(qmp)?,
+                qmp: qmp.as_deref().map(absolute).transpose()?,
                 nbd: nbd.as_deref().map(absolute).transpose()?,
                 to: to.clone(),
                 every_s: every.map(|every| every.as_secs()),
@@ -54,6 +58,18 @@ pub fn shown(request: &FailoverRequest, answer: &Value) -> String {
             let tests: Vec<String> = list(&answer["tests"]).iter().map(test).collect();
             if tests.is_empty() { "No test failover is open.".into() } else { tests.join("\n\n") }
         }
+        FailoverRequest::Unplanned { vm, start: true, .. } => format!(
+            "{vm} is failed over to the point of {}. {}\n\n\
+             The replica takes no logs now. 'afterimage failover cancel {vm}' ends the VM and goes back, and drops what it has written;\n\
+             'afterimage failover complete {vm}' makes it final. Until then every recovery point stays.",
+            moment(&answer["taken_at"]),
+            machine(&answer["machine"])
+        ),
+        FailoverRequest::Start { vm, only_show: true } => {
+            format!("{vm} would be started so:\n  {}\n{}", command(answer), networks(answer))
+        }
+        FailoverRequest::Start { .. } => machine(answer),
+        FailoverRequest::Stop { vm, .. } => format!("{vm} does not run any more."),
         FailoverRequest::Unplanned { vm, .. } => format!(
             "Start the VM with these disks (the point of {}):\n{}\n\
              The replica takes no logs now. 'afterimage failover cancel {vm}' goes back, and drops what is written meanwhile;\n\
@@ -62,8 +78,9 @@ pub fn shown(request: &FailoverRequest, answer: &Value) -> String {
             disks(answer)
         ),
         FailoverRequest::Planned { vm, .. } => format!(
-            "{vm} is off here, and everything is at {} (the point of {}). Start it there with these disks:\n{}\n\
-             When it runs, 'afterimage failover reverse {vm} --qmp SOCKET' there replicates it back to here.",
+            "{vm} is off here, and everything is at {} (the point of {}). Start it there, with 'afterimage failover start {vm}' or\n\
+             with these disks:\n{}\n\
+             When it runs, 'afterimage failover reverse {vm}' there replicates it back to here.",
             text(&answer["site"]),
             moment(&answer["taken_at"]),
             disks(answer)
@@ -96,6 +113,43 @@ fn test(answer: &Value) -> String {
         _ => {}
     }
     shown
+}
+
+/// A VM that was started.
+fn machine(answer: &Value) -> String {
+    let cell = |key: &str| text(&answer[key]);
+    format!(
+        "It runs (process {}), and goes on without us.\n  screen   vnc+unix://{}\n  console  {}\n  monitor  {}\n{}",
+        answer["process"],
+        cell("screen"),
+        cell("console"),
+        cell("qmp"),
+        networks(answer)
+    )
+}
+
+fn networks(answer: &Value) -> String {
+    let networks = list(&answer["networks"]).iter().map(|card| {
+        let (mac, network, to) = (text(&card["mac"]), text(&card["network"]), text(&card["to"]));
+        match &*to {
+            "none" => format!(
+                "  network  {mac}: no cable; name what '{network}' is here under [networks] of config.toml"
+            ),
+            _ => format!("  network  {mac}: {to} (was '{network}')"),
+        }
+    });
+    networks.collect::<Vec<_>>().join("\n")
+}
+
+/// A command line as a shell takes it.
+fn command(answer: &Value) -> String {
+    let quoted = |word: &Value| {
+        let word = text(word);
+        let is_plain =
+            !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:=,+".contains(c));
+        if is_plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    };
+    list(&answer["command"]).iter().map(quoted).collect::<Vec<_>>().join(" ")
 }
 
 fn disks(answer: &Value) -> String {

@@ -1,11 +1,13 @@
 //! The guest's console: every line it has said, and when it came.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use rig::{Result, Trouble};
+use rig::{Result, Trouble, doing};
 
 use crate::ledger::Acked;
 
@@ -40,8 +42,14 @@ struct Said {
 }
 
 impl Console {
+    /// The console of a guest that others have started, at its socket. What it said before is not known.
+    pub fn at(socket: &Path, copy: File) -> Result<Self> {
+        let stream = UnixStream::connect(socket).map_err(doing(socket.display()))?;
+        Ok(Self::of(stream, copy))
+    }
+
     /// Reads a pipe to its end, and copies it to a file.
-    pub(crate) fn of(pipe: PipeReader, mut copy: File) -> Self {
+    pub(crate) fn of(pipe: impl Read + Send + 'static, mut copy: File) -> Self {
         let shared = Arc::new(Shared::default());
         let reading = shared.clone();
         std::thread::spawn(move || {

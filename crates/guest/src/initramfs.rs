@@ -14,12 +14,14 @@ use rig::{Result, Trouble, doing, tool};
 use crate::cpio::Archive;
 
 /// Our scripts: the first process, and what it becomes.
-pub(crate) const SCRIPTS: [(&str, &str); 5] = [
+pub(crate) const SCRIPTS: [(&str, &str); 6] = [
     ("init", include_str!("modes/init")),
     ("modes/common", include_str!("modes/common")),
     ("modes/install", include_str!("modes/install")),
     ("modes/run", include_str!("modes/run")),
     ("modes/check", include_str!("modes/check")),
+    // Where BusyBox looks for what the power button does.
+    ("etc/acpi/PWRF/00000080", include_str!("modes/off")),
 ];
 
 /// What runs in the guest, and what it loads while it runs; each is put where its package has it.
@@ -41,7 +43,8 @@ const PROGRAMS: [&str; 13] = [
 /// Needs no library.
 const STATIC: &str = "bin/busybox";
 const DATA: [&str; 2] = ["etc/mke2fs.conf", "usr/share/postgresql/15"];
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_console", "xfs"];
+const MODULES: [&str; 7] =
+    ["virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "xfs", "button", "evdev"];
 /// The packages' loader of shared libraries; it also tells which ones a program needs.
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 const LIBRARY_DIRS: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];

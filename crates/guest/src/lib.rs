@@ -22,7 +22,7 @@
 //!   says whether that is a prefix of what was acknowledged, over both disks together.
 //!
 //! A guest is emulated (TCG) unless `AFTERIMAGE_GUEST_ACCEL` names another accelerator: nested
-//! virtualization is not to be relied on. It has no network.
+//! virtualization is not to be relied on. Its network leads nowhere. Its power button switches it off in order.
 
 mod check;
 mod console;
@@ -39,4 +39,4 @@ pub use console::{Console, Line};
 pub use disk::{DATA, Disk, SYSTEM};
 pub use image::GuestImage;
 pub use ledger::{Acked, Checked, Found, LEDGERS};
-pub use machine::{Guest, Mode};
+pub use machine::{Guest, MAC, Mode};

@@ -13,6 +13,8 @@ use crate::image::GuestImage;
 use crate::ledger::Acked;
 
 const MEMORY_MIB: u32 = 448;
+/// The address of its network card, on a network called `lan` that leads nowhere.
+pub const MAC: &str = "52:54:00:0a:f7:e1";
 /// The name of the port that the guest agent listens on, as everywhere.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
@@ -138,6 +140,8 @@ fn command_line(image: &GuestImage, disks: &[Disk], mode: Mode, dir: &Path) -> C
         command.arg("-blockdev").arg(disk.blockdev());
         command.arg("-device").arg(format!("virtio-blk-pci,drive={0},id=device-{0}", disk.name()));
     }
+    command.args(["-netdev", "user,id=lan,restrict=on"]);
+    command.arg("-device").arg(format!("virtio-net-pci,netdev=lan,mac={MAC},romfile="));
     command.arg("-chardev").arg(format!("socket,id=agent,path={},server=on,wait=off", agent(dir).display()));
     command.args(["-device", "virtio-serial-pci"]);
     command.arg("-device").arg(format!("virtserialport,chardev=agent,name={AGENT_PORT}"));

@@ -102,7 +102,94 @@ pub enum Phase {
     FailedOver,
 }
 
+/// Which side of a relationship.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    /// Where the VM runs.
+    Primary,
+    /// Where its copy is.
+    Replica,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Primary => "primary",
+            Self::Replica => "replica",
+        })
+    }
+}
+
+/// A change from one phase to another, by their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Transition {
+    /// The side that changes.
+    pub side: Side,
+    /// The phase that it leaves.
+    pub from: &'static str,
+    /// The phase that it enters.
+    pub to: &'static str,
+}
+
+impl fmt::Display for Transition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} -> {}", self.side, self.from, self.to)
+    }
+}
+
+/// All changes of phase that there are; the diagram above draws them. Whoever makes another one has made a mistake.
+pub const TRANSITIONS: &[Transition] = {
+    const INITIAL: &str = "initial-replication";
+    const REPLICATING: &str = "replicating";
+    const REQUIRED: &str = "resynchronization-required";
+    const RESYNCHRONIZING: &str = "resynchronizing";
+    const FAILOVER: &str = "failover";
+    const fn primary(from: &'static str, to: &'static str) -> Transition {
+        Transition { side: Side::Primary, from, to }
+    }
+    const fn replica(from: &'static str, to: &'static str) -> Transition {
+        Transition { side: Side::Replica, from, to }
+    }
+    &[
+        primary(INITIAL, REPLICATING),
+        primary(INITIAL, REQUIRED),
+        primary(REPLICATING, REQUIRED),
+        primary(REQUIRED, RESYNCHRONIZING),
+        // A pass that fits into one log.
+        primary(REQUIRED, REPLICATING),
+        primary(RESYNCHRONIZING, REPLICATING),
+        primary(RESYNCHRONIZING, REQUIRED),
+        primary(REPLICATING, "failed-over"),
+        replica(INITIAL, REPLICATING),
+        replica(INITIAL, REQUIRED),
+        replica(REPLICATING, REQUIRED),
+        replica(REQUIRED, RESYNCHRONIZING),
+        replica(REQUIRED, REPLICATING),
+        replica(RESYNCHRONIZING, REPLICATING),
+        replica(RESYNCHRONIZING, REQUIRED),
+        replica(REPLICATING, FAILOVER),
+        replica(REQUIRED, FAILOVER),
+        replica(RESYNCHRONIZING, FAILOVER),
+        replica(FAILOVER, REPLICATING),
+        replica(FAILOVER, REQUIRED),
+        replica(FAILOVER, RESYNCHRONIZING),
+    ]
+};
+
 impl Phase {
+    /// What one side's entering of another phase is; none where it is the same one, further on.
+    ///
+    /// Panics in a build with debug assertions if there is no such transition; in others it is for the caller to tell.
+    #[must_use]
+    pub fn transition(&self, next: &Self, side: Side) -> Option<Transition> {
+        let change = Transition { side, from: self.name(), to: next.name() };
+        if change.from == change.to {
+            return None;
+        }
+        debug_assert!(TRANSITIONS.contains(&change), "there is no change of phase {change}");
+        Some(change)
+    }
+
     /// The phase's name as commands show it.
     #[must_use]
     pub fn name(&self) -> &'static str {

@@ -38,7 +38,7 @@ impl<P: Ports> Relationship<P> {
                 self.ask_to_take_over(false).await?
             }
         };
-        self.row.phase = Phase::FailedOver;
+        self.row.enter(Phase::FailedOver);
         durable_step("primary::handover::saving");
         self.row.save(&self.shared.catalog).await?;
         durable_step("primary::handover::saved");

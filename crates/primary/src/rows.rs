@@ -9,7 +9,7 @@ use catalog::{Catalog, OptionalExtension, params, rusqlite};
 use media::MediaKey;
 use model::{
     CycleTally, DiskName, InitialStart, LastError, MayRun, MediaId, Phase, ResyncPolicy, ResyncReason,
-    ResyncWord, Shipped, Timestamp, VmId, VmName, Window, may_run,
+    ResyncWord, Shipped, Side, Timestamp, VmId, VmName, Window, may_run,
 };
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
@@ -247,6 +247,9 @@ impl Protected {
         if phase == Phase::Replicating {
             self.passes = Passes::default();
         }
+        if let Some(change) = self.phase.transition(&phase, Side::Primary) {
+            tracing::info!(vm = %self.name, %change, "a primary enters another phase");
+        }
         self.phase = phase;
     }
 
@@ -254,7 +257,7 @@ impl Protected {
     pub(crate) fn must_resync(&mut self, why: ResyncReason) {
         self.passes.why = Some(why.clone());
         self.passes.media = None;
-        self.phase = Phase::ResyncRequired { why };
+        self.enter(Phase::ResyncRequired { why });
     }
 
     /// Writes the row; durable when this returns.

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use base64::Engine as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::libvirt::{self, Domain, DomainAddress};
 use crate::lines::{Lines, tidy};
@@ -17,6 +18,8 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 const SYNC_TIME: Duration = Duration::from_secs(5);
 /// How long a question about the state may take.
 const STATUS_TIME: Duration = Duration::from_secs(5);
+/// How often it is looked whether a command in the guest has ended.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long one attempt to thaw may take.
 const THAW_TIME: Duration = Duration::from_secs(10);
 /// What the agent drops everything before, and begins its answer with.
@@ -169,6 +172,50 @@ impl GuestAgent {
         Ok(self.call("guest-fsfreeze-status", STATUS_TIME).await? == "frozen")
     }
 
+    /// What kind of system the guest is, as its agent calls it (`debian`, `mswindows`).
+    pub async fn system(&mut self) -> Result<String, AgentError> {
+        let told = self.call("guest-get-osinfo", STATUS_TIME).await?;
+        Ok(tidy(told["id"].as_str().unwrap_or_default()))
+    }
+
+    /// The guest's network interfaces: what the guest calls each, and its card's address in lower case.
+    pub async fn interfaces(&mut self) -> Result<Vec<(String, String)>, AgentError> {
+        let told = self.call("guest-network-get-interfaces", STATUS_TIME).await?;
+        let interface = |told: &Value| {
+            let mac = told["hardware-address"].as_str()?.to_ascii_lowercase();
+            Some((told["name"].as_str()?.to_owned(), mac))
+        };
+        Ok(told.as_array().into_iter().flatten().filter_map(interface).collect())
+    }
+
+    /// Runs a command in the guest, and waits for its end; what it said is the reason where it fails.
+    pub async fn execute(&mut self, words: &[String], limit: Duration) -> Result<(), AgentError> {
+        const COMMAND: &str = "guest-exec";
+        let (program, arguments) = words.split_first().expect("a command has words");
+        let what = json!({"path": program, "arg": arguments, "capture-output": true});
+        let started = self.call_with(COMMAND, Some(what), STATUS_TIME).await?;
+        let begun = Instant::now();
+        loop {
+            let told = self
+                .call_with("guest-exec-status", Some(json!({"pid": started["pid"]})), STATUS_TIME)
+                .await?;
+            match (told["exited"].as_bool(), told["exitcode"].as_i64()) {
+                (Some(true), Some(0)) => return Ok(()),
+                (Some(true), code) => {
+                    let ended = code.map_or("by a signal".to_owned(), |code| format!("with status {code}"));
+                    return Err(AgentError::Refused {
+                        command: COMMAND,
+                        desc: format!("'{}' ended {ended}{}", words.join(" "), said(&told)),
+                    });
+                }
+                _ if begun.elapsed() > limit => {
+                    return Err(AgentError::NoAnswer { command: COMMAND, after: limit });
+                }
+                _ => sleep(LOOK).await,
+            }
+        }
+    }
+
     async fn count(&mut self, command: &'static str, limit: Duration) -> Result<u64, AgentError> {
         let answer = self.call(command, limit).await?;
         answer.as_u64().ok_or_else(|| AgentError::Broken {
@@ -178,13 +225,26 @@ impl GuestAgent {
     }
 
     async fn call(&mut self, command: &'static str, limit: Duration) -> Result<Value, AgentError> {
+        self.call_with(command, None, limit).await
+    }
+
+    async fn call_with(
+        &mut self,
+        command: &'static str,
+        arguments: Option<Value>,
+        limit: Duration,
+    ) -> Result<Value, AgentError> {
+        let mut message = json!({ "execute": command });
+        if let Some(arguments) = arguments {
+            message["arguments"] = arguments;
+        }
         if self.out_of_step {
             self.sync().await?;
         }
         // Until its answer is here, the next one may be this one's.
         self.out_of_step = true;
         let answer = timeout(limit, async {
-            self.send(command, json!({ "execute": command })).await?;
+            self.send(command, message).await?;
             let line = self.line(command).await?;
             serde_json::from_slice::<Value>(&line)
                 .map_err(|error| AgentError::Broken { command, why: error.to_string() })
@@ -229,6 +289,16 @@ impl GuestAgent {
         let line = self.lines.next().await.map_err(|error| broken(command, &error))?;
         line.ok_or_else(|| AgentError::Broken { command, why: "it was closed".into() })
     }
+}
+
+/// What a command in a guest wrote, its complaints first.
+fn said(told: &Value) -> String {
+    let decoded = |key: &str| {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(told[key].as_str().unwrap_or_default());
+        tidy(String::from_utf8_lossy(&bytes.unwrap_or_default()).trim())
+    };
+    let said = ["err-data", "out-data"].map(decoded);
+    said.iter().find(|said| !said.is_empty()).map(|said| format!(": {said}")).unwrap_or_default()
 }
 
 fn broken(command: &'static str, error: &std::io::Error) -> AgentError {

@@ -21,7 +21,7 @@ use crate::failover::FailoverDisk;
 use crate::folder::Folder;
 use crate::maintain::Step;
 use crate::relationship::check_peer;
-use crate::rows::{self, Fence};
+use crate::rows::{self, DiskSize, Fence};
 use crate::store::Store;
 use crate::vm::{State, Vm};
 
@@ -34,6 +34,24 @@ struct Released {
     generation: u64,
     at: model::Timestamp,
     replicated: (String, u64, u8),
+    /// What its primary's site told of it.
+    #[serde(default)]
+    definition: serde_json::Value,
+    #[serde(default)]
+    disks: Vec<DiskSize>,
+}
+
+/// A VM that was failed over to this site for good, as far as its folder tells.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReleasedVm {
+    /// The VM.
+    pub vm: VmId,
+    /// A primary of this generation is the VM that runs here.
+    pub generation: u64,
+    /// The VM's definition.
+    pub definition: serde_json::Value,
+    /// Its disks.
+    pub disks: Vec<FailoverDisk>,
 }
 
 impl Store {
@@ -154,6 +172,8 @@ impl Store {
             generation: fence.generation,
             at: fence.at,
             replicated: fence.replicated.clone(),
+            definition: serde_json::from_str(&state.row.definition).unwrap_or_default(),
+            disks: state.row.doc.failover.iter().flat_map(|failover| failover.disks.clone()).collect(),
         };
         let text = serde_json::to_vec_pretty(&marker).expect("plain values can be written as JSON");
         durable_step("replica::completion::releasing");
@@ -171,6 +191,19 @@ impl Store {
         drop(state);
         self.vms_mut().remove(&vm.id);
         tidy_released(&folder)
+    }
+
+    /// A VM that was failed over to this site for good, and its disks; none if there never was one of that name.
+    pub fn released_vm(&self, name: &VmName) -> Result<Option<ReleasedVm>> {
+        let Some(path) = self.fence_of_name(name)?.and_then(|fence| fence.folder) else { return Ok(None) };
+        let folder = Folder { files: self.files(), path };
+        let Some(released) = read_released(&folder)? else { return Ok(None) };
+        Ok(Some(ReleasedVm {
+            vm: released.vm,
+            generation: released.generation,
+            definition: released.definition,
+            disks: released.disks.iter().map(|disk| FailoverDisk::of(&folder, disk)).collect(),
+        }))
     }
 
     /// The fence that keeps older primaries of a VM away, if there is one.
@@ -201,11 +234,20 @@ fn check_pins(state: &State, point: LogNumber) -> Result<()> {
 fn fence_of(state: &State, at: model::Timestamp) -> Fence {
     let row = &state.row;
     let replicated = (row.peer.clone(), row.doc.interval_s, row.doc.points);
-    Fence { vm: row.vm, name: row.name.clone(), generation: row.doc.generation + 1, at, replicated }
+    let folder = Some(row.folder.clone());
+    Fence { vm: row.vm, name: row.name.clone(), generation: row.doc.generation + 1, at, replicated, folder }
 }
 
 /// The fence that the folder of a running VM tells of.
 pub(crate) fn released(folder: &Folder) -> Result<Option<Fence>> {
+    let fence = |Released { vm, name, generation, at, replicated, .. }| {
+        let folder = Some(folder.path.clone());
+        Fence { vm, name, generation, at, replicated, folder }
+    };
+    Ok(read_released(folder)?.map(fence))
+}
+
+fn read_released(folder: &Folder) -> Result<Option<Released>> {
     if !is_released(folder)? {
         return Ok(None);
     }
@@ -214,9 +256,7 @@ pub(crate) fn released(folder: &Folder) -> Result<Option<Fence>> {
     if let Err(error) = &marker {
         tracing::error!(%error, folder = %folder.path.display(), "what a failover has left cannot be read");
     }
-    let fence =
-        |Released { vm, name, generation, at, replicated }| Fence { vm, name, generation, at, replicated };
-    Ok(marker.ok().map(fence))
+    Ok(marker.ok())
 }
 
 /// Whether a folder is a running VM's.

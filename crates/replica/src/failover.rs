@@ -21,6 +21,7 @@ use model::{DiskName, LogNumber, Phase, VmId};
 use steps::durable_step;
 
 use crate::error::{Error, Result};
+use crate::folder::Folder;
 use crate::reader::{ChainReader, OpenFiles};
 use crate::relationship::set_phase;
 use crate::rows::{DiskSize, FailoverRow};
@@ -38,6 +39,17 @@ pub struct FailoverDisk {
     pub overlay: PathBuf,
     /// The disk's size in bytes.
     pub size_bytes: u64,
+}
+
+impl FailoverDisk {
+    pub(crate) fn of(folder: &Folder, disk: &DiskSize) -> Self {
+        Self {
+            name: disk.name.clone(),
+            base: folder.disk(&disk.name),
+            overlay: folder.failover().join(format!("{}.qcow2", disk.name)),
+            size_bytes: disk.size_bytes,
+        }
+    }
 }
 
 /// How far a failover is.
@@ -150,13 +162,7 @@ impl Store {
         let state = vm.live()?;
         let Some(failover) = &state.row.doc.failover else { return Ok(Vec::new()) };
         let folder = state.folder();
-        let disks = failover.disks.iter().map(|disk| FailoverDisk {
-            name: disk.name.clone(),
-            base: folder.disk(&disk.name),
-            overlay: folder.failover().join(format!("{}.qcow2", disk.name)),
-            size_bytes: disk.size_bytes,
-        });
-        Ok(disks.collect())
+        Ok(failover.disks.iter().map(|disk| FailoverDisk::of(&folder, disk)).collect())
     }
 
     /// Opens what lies below the layers of a failed-over VM.
@@ -193,7 +199,7 @@ impl Store {
         }
         let mut row = state.row.clone();
         row.doc.failover = None;
-        row.doc.phase = failover.before;
+        set_phase(&mut row.doc, failover.before, self.now());
         row.doc.phase_since = failover.before_since;
         durable_step("replica::failover::cancelling");
         self.commit_row(&mut state, row)?;

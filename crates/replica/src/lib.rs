@@ -66,6 +66,7 @@ mod view;
 mod vm;
 mod worker;
 
+pub use completion::ReleasedVm;
 pub use config::{Chance, Clock, Config};
 pub use error::{Error, Refused, Result};
 pub use failover::{FailoverDisk, FailoverStatus, FailoverView, failover_export};

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName, Window};
+use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Side, Timestamp, VmId, VmName, Window};
 use steps::durable_step;
 
 use crate::completion::fresh_home;
@@ -338,7 +338,8 @@ fn take_report(doc: &mut VmDoc, phase: Phase, error: Option<String>, paused: boo
 
 /// Changes the phase; its age counts from when its kind changed, not from each step of a pass.
 pub(crate) fn set_phase(doc: &mut VmDoc, phase: Phase, now: Timestamp) {
-    if doc.phase.name() != phase.name() {
+    if let Some(change) = doc.phase.transition(&phase, Side::Replica) {
+        tracing::info!(%change, "a replica enters another phase");
         doc.phase_since = now;
     }
     doc.phase = phase;

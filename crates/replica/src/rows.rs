@@ -43,6 +43,9 @@ CREATE TABLE replica_parents (
 CREATE TABLE replica_fences (
     vm TEXT PRIMARY KEY, name TEXT NOT NULL, generation INTEGER NOT NULL, at INTEGER NOT NULL,
     replicated TEXT NOT NULL) STRICT;
+", "
+-- Where their disks are.
+ALTER TABLE replica_fences ADD COLUMN folder TEXT;
 "];
 
 /// A disk and its size, as the catalog keeps it.
@@ -138,6 +141,8 @@ pub struct Fence {
     pub at: Timestamp,
     /// The peer that it was replicated from, the seconds between cycles, and the hourly points kept.
     pub replicated: (String, u64, u8),
+    /// The folder with its disks.
+    pub folder: Option<PathBuf>,
 }
 
 /// What changes with a VM's life; one document in the catalog.
@@ -381,15 +386,16 @@ pub(crate) fn parent(catalog: &Catalog, vm: VmId, id: LogId) -> Result<Option<Lo
 /// Raises a fence; one that is there is never lowered.
 pub(crate) fn raise_fence(tx: &Transaction<'_>, fence: &Fence) -> rusqlite::Result<()> {
     tx.execute(
-        "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (vm) DO UPDATE SET
+        "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (vm) DO UPDATE SET
          name = excluded.name, generation = max(generation, excluded.generation), at = excluded.at,
-         replicated = excluded.replicated",
+         replicated = excluded.replicated, folder = excluded.folder",
         params![
             fence.vm.to_string(),
             fence.name.as_str(),
             fence.generation,
             fence.at.0,
-            to_json(&fence.replicated)
+            to_json(&fence.replicated),
+            fence.folder.as_ref().map(|folder| folder.to_string_lossy()),
         ],
     )?;
     Ok(())
@@ -415,6 +421,7 @@ fn read_fence(row: &rusqlite::Row<'_>) -> rusqlite::Result<Fence> {
         generation: row.get(2)?,
         at: Timestamp(row.get(3)?),
         replicated: json(row, 4)?,
+        folder: row.get::<_, Option<String>>(5)?.map(PathBuf::from),
     })
 }
 

@@ -214,8 +214,19 @@ impl Checks {
         Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
     }
 
+    /// The accelerator for a VM that is to run at once: a check that is under way is not waited for.
+    pub async fn accelerator_now(&self) -> Result<Accelerator, Failure> {
+        if let Some(accelerator) = self.config.accelerator {
+            return Ok(accelerator);
+        }
+        match self.found.try_lock() {
+            Ok(mut found) => self.accelerator(&mut found).await,
+            Err(_) => self.find_accelerator().await,
+        }
+    }
+
     /// What this site's owner says of the VM.
-    fn local(&self, vm: &VmName) -> Result<Local, Failure> {
+    pub fn local(&self, vm: &VmName) -> Result<Local, Failure> {
         let path = self.dir.join("machines").join(format!("{vm}.toml"));
         match fs::read_to_string(&path) {
             Ok(text) => toml::from_str(&text)

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use boot::Accelerator;
+use boot::{Accelerator, NetworkMap};
 use model::{CycleBackoff, HealthThresholds, RetryPolicy, WINDOW_HOURS_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +42,9 @@ pub struct Config {
     /// How points and backups are booted to check them.
     #[serde(default)]
     pub boot: Boot,
+    /// What networks of VMs' primary sites are here, for VMs that are failed over; `*` stands for all others.
+    #[serde(default)]
+    pub networks: NetworkMap,
     /// Where backups live, by name.
     #[serde(default)]
     pub repositories: BTreeMap<String, RepositorySettings>,
@@ -402,6 +405,10 @@ cpus-max = {cpus_max}            # nor more processors
 within-s = {within}              # how long a guest may take to show a sign of life
 kept = {kept}                    # checks whose console and screen are kept, of each VM
 every-h = {every}                # check the newest point of each replica so often, in hours; 0: only on demand
+
+[networks]                       # for VMs that are failed over to this site: which network there is which one here
+# "default" = "bridge:br0"       # or "tap:NAME", "user" (out, not in), "none"
+# "*" = "none"                   # all others; a card without a network has no cable
 
 [repositories.{LOCAL_REPOSITORY}]
 path = "repository"

@@ -17,6 +17,7 @@ use crate::events::Event;
 use crate::failure::{Code, Failure};
 use crate::points;
 use crate::request::{FailoverRequest, Reverse};
+use crate::running::Stop;
 use crate::status::VmView;
 
 /// How often a completed failover is looked at.
@@ -40,7 +41,12 @@ impl Site {
             FailoverRequest::Planned { vm, shut_down_s } => {
                 self.planned(&vm, shut_down_s.map(Duration::from_secs)).await
             }
-            FailoverRequest::Unplanned { vm, point } => self.unplanned(&vm, point).await,
+            FailoverRequest::Unplanned { vm, point, start } => self.unplanned(&vm, point, start).await,
+            FailoverRequest::Start { vm, only_show } => self.start_vm(&vm, only_show).await,
+            FailoverRequest::Stop { vm, within_s } => {
+                let how = within_s.map_or(Stop::PullThePlug, |s| Stop::ShutDown(Duration::from_secs(s)));
+                self.stop_vm(&vm, how).await
+            }
             FailoverRequest::Cancel { vm } => self.cancel(&vm).await,
             FailoverRequest::Complete { vm, qmp } => self.complete(&vm, qmp, reporter).await,
             FailoverRequest::Reverse(reverse) => self.reverse(*reverse, reporter).await,
@@ -58,9 +64,15 @@ impl Site {
             }
             self.watch_completion(vm);
         }
+        self.take_up_addresses();
     }
 
-    async fn unplanned(&self, vm: &VmName, point: Option<PointRef>) -> Result<Value, Failure> {
+    async fn unplanned(
+        self: &Arc<Self>,
+        vm: &VmName,
+        point: Option<PointRef>,
+        start: bool,
+    ) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         let point = points::point_or_newest(&self.store, id, point.as_ref())?;
         let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
@@ -71,11 +83,20 @@ impl Site {
             .collect();
         let what = format!("failed over to the point of {}", rfc3339(point.taken_at));
         self.events.note(Event::new("failover", what).vm(vm)).await;
-        Ok(json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown }))
+        let mut answer =
+            json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown });
+        if start {
+            answer["machine"] = self.start_vm(vm, false).await?;
+        }
+        Ok(answer)
     }
 
     async fn cancel(&self, vm: &VmName) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
+        // What it has written is dropped in any case. One that is final is not cancelled, and runs on.
+        if self.store.status(id)?.failover.is_some_and(|failover| !failover.completing) {
+            self.end_vm(vm).await?;
+        }
         self.store.run(move |store| store.failover_cancel(id)).await?;
         self.exports.hide_failover(id).await;
         self.events.note(Event::new("failover-cancelled", "the failover was cancelled").vm(vm)).await;
@@ -91,6 +112,7 @@ impl Site {
         }
         let handed = self.primary.hand_over(vm, shut_down).await?;
         let status = self.primary.get(vm).ok_or_else(|| crate::commands::no_such_vm(vm))?;
+        self.note_moved(vm, &status.settings.peer, status.generation).await?;
         let what = format!("handed over to {} with everything, and switched off here", status.settings.peer);
         self.events.note(Event::new("failover", what).vm(vm)).await;
         let disk =
@@ -111,10 +133,16 @@ impl Site {
         self.store.run(move |store| store.failover_complete(id)).await?;
         self.events.note(Event::new("failover-completed", "the failover was completed").vm(vm)).await;
         self.watch_completion(id);
-        if let Some(qmp) = qmp {
+        if let Some(qmp) = qmp.or_else(|| self.live_monitor(vm)) {
             self.bring_to_its_end(id, vm, &qmp, reporter).await?;
         }
         Ok(json!({ "vm": vm, "id": id, "released": self.store.name(id).is_none() }))
+    }
+
+    /// The monitor of a VM that this site has started and that runs.
+    fn live_monitor(&self, vm: &VmName) -> Option<PathBuf> {
+        let live = self.live(vm);
+        live.process().map(|_| live.replication())
     }
 
     /// Ends the NBD exports of a failover once nothing reads them any more.
@@ -178,6 +206,14 @@ impl Site {
 
     async fn reverse(self: &Arc<Self>, reverse: Reverse, reporter: &Reporter) -> Result<Value, Failure> {
         let Reverse { vm, qmp, nbd, to, every_s, guest_agent } = reverse;
+        let agent = self.live(&vm).agent();
+        let guest_agent = guest_agent.or_else(|| qmp.is_none().then_some(agent));
+        let qmp = qmp.or_else(|| self.live_monitor(&vm)).ok_or_else(|| {
+            let message = format!(
+                "{vm} does not run by this site: name the monitor of its QEMU with --qmp, or start it with 'afterimage failover start {vm}'"
+            );
+            Failure::new(Code::Usage, message)
+        })?;
         if let Some(id) = self.store.find(&vm) {
             let completing = self.store.status(id)?.failover.is_some_and(|failover| failover.completing);
             if !completing {

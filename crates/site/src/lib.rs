@@ -33,6 +33,7 @@ mod peers;
 mod points;
 mod random;
 mod request;
+mod running;
 mod seeds;
 mod serve;
 mod source;

@@ -263,6 +263,23 @@ pub enum FailoverRequest {
         vm: VmName,
         /// The point; the newest if none is given.
         point: Option<PointRef>,
+        /// The VM is started from it here.
+        #[serde(default)]
+        start: bool,
+    },
+    /// Starts a VM that is failed over to this site.
+    Start {
+        /// The VM.
+        vm: VmName,
+        /// Nothing is started; how it would be is told.
+        only_show: bool,
+    },
+    /// Stops a VM that was started here.
+    Stop {
+        /// The VM.
+        vm: VmName,
+        /// The guest is waited for so many seconds; without it the plug is pulled.
+        within_s: Option<u64>,
     },
     /// Goes back to replicating; what was written since is dropped.
     Cancel {
@@ -285,8 +302,8 @@ pub enum FailoverRequest {
 pub struct Reverse {
     /// The VM.
     pub vm: VmName,
-    /// The monitor of the QEMU that runs it here.
-    pub qmp: PathBuf,
+    /// The monitor of the QEMU that runs it here; the one that the site started it with if none is named.
+    pub qmp: Option<PathBuf>,
     /// The socket of an NBD server that QEMU has already.
     pub nbd: Option<PathBuf>,
     /// The peer; the one that it was replicated from if none is named.

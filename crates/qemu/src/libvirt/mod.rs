@@ -27,4 +27,5 @@ mod xml;
 pub use crate::libvirt::domain::{Domain, DomainAddress, Found, find};
 pub use crate::libvirt::error::Error;
 pub(crate) use crate::libvirt::reach::{explain, make_folder};
+pub(crate) use crate::libvirt::xml::network_sources;
 pub use crate::libvirt::xml::{Description, TargetDisk};

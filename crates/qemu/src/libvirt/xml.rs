@@ -1,5 +1,7 @@
 //! What the XML of a running domain says that we need: its disks, its guest agent, and whom its QEMU runs as. Pure.
 
+use std::collections::BTreeMap;
+
 use roxmltree::{Document, Node};
 
 /// The channel that libvirt takes for the guest agent's, by its name.
@@ -92,6 +94,20 @@ fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator
     node.children().filter(move |child| child.has_tag_name(name))
 }
 
+/// The network, bridge or device that each network card of a domain is connected to, by the card's address.
+pub(crate) fn network_sources(xml: &str) -> BTreeMap<String, String> {
+    let Ok(document) = Document::parse(xml) else { return BTreeMap::new() };
+    let devices = children(document.root_element(), "devices");
+    let cards = devices.flat_map(|devices| children(devices, "interface"));
+    let sources = cards.filter_map(|card| {
+        let mac = children(card, "mac").next()?.attribute("address")?.to_ascii_lowercase();
+        let source = children(card, "source").next()?;
+        let name = ["network", "bridge", "dev"].iter().find_map(|kind| source.attribute(*kind))?;
+        Some((mac, name.to_owned()))
+    });
+    sources.collect()
+}
+
 /// A disk that the guest can write to.
 fn disk(node: Node<'_, '_>) -> Option<TargetDisk> {
     let kind = node.attribute("device").unwrap_or("disk");
@@ -139,6 +155,19 @@ mod tests {
         </devices>
         <seclabel type='dynamic' model='apparmor' relabel='yes'><label>libvirt-1</label></seclabel>
         <seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+104</label></seclabel></domain>";
+
+    #[test]
+    fn a_card_is_connected_to_what_its_source_names() {
+        let xml = "<domain><devices>
+            <interface type='network'><mac address='52:54:00:AA:00:01'/><source network='default'/></interface>
+            <interface type='bridge'><mac address='52:54:00:aa:00:02'/><source bridge='br0'/></interface>
+            <interface type='direct'><mac address='52:54:00:aa:00:03'/><source dev='eth0' mode='bridge'/></interface>
+            <interface type='user'><mac address='52:54:00:aa:00:04'/></interface></devices></domain>";
+        let found: Vec<_> = network_sources(xml).into_iter().collect();
+        let pair = |mac: &str, name: &str| (format!("52:54:00:aa:00:{mac}"), name.to_owned());
+        assert_eq!(found, [pair("01", "default"), pair("02", "br0"), pair("03", "eth0")]);
+        assert!(network_sources("<domain").is_empty());
+    }
 
     #[test]
     fn the_writable_disks_are_found_by_their_targets() {
