@@ -142,6 +142,7 @@ fn offer(bytes: u64) -> Offer {
         phase: Phase::InitialReplication { progress: Progress::default() },
         paused: false,
         generation: 1,
+        group: None,
     }
 }
 

@@ -8,9 +8,9 @@ use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId, Newcomer, Offer,
-    Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver, TakenOver,
-    UploadState, WireEvent, codes,
+    Announced, ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId,
+    Newcomer, Offer, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo,
+    TakeOver, TakenOver, UploadState, WireEvent, codes,
 };
 
 use crate::authority::{Authority, revoked};
@@ -94,6 +94,7 @@ fn offered(offer: Offer) -> replica::Offer {
         phase: offer.phase,
         paused: offer.paused,
         generation: offer.generation,
+        group: offer.group,
     }
 }
 
@@ -150,7 +151,11 @@ impl Endpoint for SiteEndpoint {
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
         self.authority.check(peer, Act::Use, vm)?;
-        let Report { phase, error, paused } = report;
+        let Report { phase, error, paused, moment } = report;
+        if let Some(Announced { number, id, moment }) = moment {
+            let log = Head { number, id };
+            return self.store(peer, move |store, peer| store.announce(peer, vm, log, moment)).await;
+        }
         self.store(peer, move |store, peer| store.report(peer, vm, phase, error, paused)).await
     }
 

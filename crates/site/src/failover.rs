@@ -44,6 +44,7 @@ impl Site {
             FailoverRequest::Cancel { vm } => self.cancel(&vm).await,
             FailoverRequest::Complete { vm, qmp } => self.complete(&vm, qmp, reporter).await,
             FailoverRequest::Reverse(reverse) => self.reverse(*reverse, reporter).await,
+            FailoverRequest::Group { group, what } => self.group_failover(&group, what, reporter).await,
         }
     }
 
@@ -60,7 +61,7 @@ impl Site {
         }
     }
 
-    async fn unplanned(&self, vm: &VmName, point: Option<PointRef>) -> Result<Value, Failure> {
+    pub(crate) async fn unplanned(&self, vm: &VmName, point: Option<PointRef>) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         let point = points::point_or_newest(&self.store, id, point.as_ref())?;
         let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
@@ -74,7 +75,7 @@ impl Site {
         Ok(json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown }))
     }
 
-    async fn cancel(&self, vm: &VmName) -> Result<Value, Failure> {
+    pub(crate) async fn cancel(&self, vm: &VmName) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         self.store.run(move |store| store.failover_cancel(id)).await?;
         self.exports.hide_failover(id).await;
@@ -82,7 +83,7 @@ impl Site {
         self.of_replica(id)
     }
 
-    async fn planned(&self, vm: &VmName, shut_down: Option<Duration>) -> Result<Value, Failure> {
+    pub(crate) async fn planned(&self, vm: &VmName, shut_down: Option<Duration>) -> Result<Value, Failure> {
         if self.store.find(vm).is_some() {
             let message = format!(
                 "{vm} is a replica here; a planned failover begins at the site where the VM runs, for nothing to be lost"
@@ -101,7 +102,7 @@ impl Site {
         )
     }
 
-    async fn complete(
+    pub(crate) async fn complete(
         self: &Arc<Self>,
         vm: &VmName,
         qmp: Option<PathBuf>,

@@ -84,6 +84,7 @@ fn offer() -> anyhow::Result<Offer> {
         phase: Phase::InitialReplication { progress: Progress::default() },
         paused: false,
         generation: 1,
+        group: None,
     })
 }
 

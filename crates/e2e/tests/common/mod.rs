@@ -183,6 +183,7 @@ pub fn forged_offer(vm: VmId, name: &str, disk_bytes: u64) -> Offer {
         error: None,
         paused: false,
         generation: 1,
+        group: None,
     }
 }
 

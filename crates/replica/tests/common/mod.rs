@@ -113,6 +113,7 @@ impl Primary {
             phase: self.phase.clone(),
             paused: false,
             generation: 1,
+            group: None,
         }
     }
 

@@ -116,6 +116,7 @@ pub fn offer(vm: VmId) -> Offer {
         error: None,
         paused: false,
         generation: 1,
+        group: None,
     }
 }
 
