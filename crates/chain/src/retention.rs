@@ -32,6 +32,8 @@ pub struct RetentionInput<'a> {
     pub pinned: &'a [LogNumber],
     /// The points after which logs are kept for a third site ([`crate::marks_kept`]).
     pub forwarded: &'a [LogNumber],
+    /// The points of moments that all VMs of the VM's group have a point of, ascending.
+    pub shared: &'a [LogNumber],
     /// Whether somebody reads the flat base files.
     pub held: bool,
     /// How many hourly points to keep beside the latest one (0 to 24). With 0 only the latest is kept; else
@@ -51,6 +53,8 @@ pub enum KeptFor {
     Latest,
     /// It is one of the newest, which stay in any case.
     Recent,
+    /// It is the newest that all VMs of its group have.
+    Group,
     /// It is of the current hour, or stands for one before it.
     Hourly,
     /// A person has pinned it.
@@ -72,6 +76,7 @@ impl KeptFor {
         match self {
             Self::Latest => "latest",
             Self::Recent => "recent",
+            Self::Group => "group",
             Self::Hourly => "hourly",
             Self::PinnedByHand => "pinned-by-hand",
             Self::Read => "read",
@@ -151,6 +156,9 @@ fn kept_points(input: &RetentionInput<'_>) -> BTreeMap<LogNumber, BTreeSet<KeptF
     let mut kept: BTreeMap<LogNumber, BTreeSet<KeptFor>> = BTreeMap::new();
     let mut keep = |number, why| kept.entry(number).or_default().insert(why);
     keep(latest.number, KeptFor::Latest);
+    if let Some(shared) = newest_first.iter().find(|point| is_shared(input, point)) {
+        keep(shared.number, KeptFor::Group);
+    }
     for point in newest_first.iter().take(input.recent) {
         keep(point.number, KeptFor::Recent);
     }
@@ -186,8 +194,15 @@ fn pass_under_way(input: &RetentionInput<'_>, latest_point: LogNumber) -> bool {
     input.resync || input.logs.last().is_some_and(|newest| *newest > latest_point)
 }
 
+fn is_shared(input: &RetentionInput<'_>, point: &PointInfo) -> bool {
+    input.shared.binary_search(&point.number).is_ok()
+}
+
 /// All points of the current hour, and the newest one of each of the `extra_hourly` hours before it that
 /// have any. Hours without points do not count: a VM that was away for a day keeps its old hours.
+///
+/// In an hour with points that all VMs of a group have, the newest of these stands for it. They are of the same moments in
+/// all of them, so that each keeps that of the same moment.
 fn hourly_points(input: &RetentionInput<'_>, newest_first: &[&PointInfo]) -> Vec<LogNumber> {
     let extra = usize::from(input.extra_hourly.min(POINTS_MAX));
     let (Some(latest), 1..) = (newest_first.first(), extra) else { return Vec::new() };
@@ -197,8 +212,12 @@ fn hourly_points(input: &RetentionInput<'_>, newest_first: &[&PointInfo]) -> Vec
     for point in newest_first {
         let hour = hour(point.taken_at);
         let mut stands_for_its_hour = || seen.len() <= extra && seen.insert(hour);
-        if hour >= current || stands_for_its_hour() {
+        if hour >= current {
             kept.push(point.number);
+        } else if stands_for_its_hour() {
+            let is_here = |other: &&&PointInfo| self::hour(other.taken_at) == hour && is_shared(input, other);
+            let stands = newest_first.iter().find(is_here).unwrap_or(point);
+            kept.push(stands.number);
         }
     }
     kept

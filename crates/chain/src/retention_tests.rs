@@ -41,6 +41,7 @@ fn input<'a>(points: &'a [PointInfo], logs: &'a [LogNumber]) -> RetentionInput<'
         pins: &[],
         pinned: &[],
         forwarded: &[],
+        shared: &[],
         held: false,
         extra_hourly: 0,
         recent: 0,
@@ -223,12 +224,66 @@ fn what_is_to_be_passed_on_bounds_the_base_and_the_merges() {
     assert_eq!((kept(&plan), plan.apply_through), (logs([30]), Some(LogNumber(30))));
 }
 
+#[test]
+fn what_all_of_a_group_have_stands_for_its_hour_and_the_newest_of_it_stays() {
+    let (points, numbers) = five_hours();
+    // Taken at 01:50, 02:20, 02:40 and 04:10.
+    let shared = logs([11, 14, 16, 25]);
+    let hourly = RetentionInput { shared: &shared, extra_hourly: 3, ..input(&points, &numbers) };
+    let plan = plan_retention(&hourly);
+    // 05:00 is the latest; of the hours before it 04 has 25, 03 has only points of its own, 02 has 16.
+    assert_eq!(kept(&plan), logs([16, 23, 25, 30]));
+    assert_eq!(plan.keep[2].why, [KeptFor::Group, KeptFor::Hourly].into());
+    let plan = plan_retention(&RetentionInput { extra_hourly: 0, ..hourly });
+    assert_eq!(kept(&plan), logs([25, 30]), "whoever runs ahead keeps what the others have");
+}
+
+/// Members of a group whose moments are partly complete, each with other points in between: in every hour that all
+/// keep, they keep the same complete moment, if there is one.
+#[test]
+fn members_of_a_group_keep_the_same_moments() {
+    let mut seed = 7_u64;
+    let mut dice = move |of: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % of
+    };
+    for _ in 0..50 {
+        // Every 7 minutes a moment; some members miss some, and have a point of their own instead.
+        let complete: Vec<bool> = (0..60).map(|_| dice(3) > 0).collect();
+        let mut kept_at: Vec<Vec<Timestamp>> = Vec::new();
+        for _ in 0..3 {
+            let (mut points, mut shared) = (Vec::new(), Vec::new());
+            for (at, complete) in (0_u64..).step_by(7).zip(&complete) {
+                let number = points.len() as u64 + 1;
+                match complete {
+                    true => shared.push(LogNumber(number)),
+                    false if dice(2) == 0 => continue,
+                    false => {}
+                }
+                points.push(point(number, at));
+                if dice(4) == 0 {
+                    points.push(point(number + 1, at + 3));
+                }
+            }
+            let numbers = logs(2..points.len() as u64 + 1);
+            let now = at(60 * 7);
+            let input = RetentionInput { shared: &shared, extra_hourly: 24, now, ..input(&points, &numbers) };
+            let kept = kept(&plan_retention(&input));
+            let is_kept = |point: &&PointInfo| kept.contains(&point.number) && shared.contains(&point.number);
+            kept_at.push(points.iter().filter(is_kept).map(|point| point.taken_at).collect());
+        }
+        assert!(!kept_at[0].is_empty());
+        assert!(kept_at.iter().all(|kept| *kept == kept_at[0]), "{kept_at:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn the_base_never_passes_what_is_kept_and_carrying_a_plan_out_settles(
         steps in prop::collection::vec((0_u64..90, any::<bool>()), 1..60),
         pins in prop::collection::vec(1_usize..60, 0..3),
         pinned in prop::collection::vec(0_usize..60, 0..3),
+        shared in prop::collection::btree_set(0_usize..60, 0..20),
         (extra_hourly, recent, held) in (0_u8..30, 0_usize..4, any::<bool>()),
     ) {
         let mut minute = 0;
@@ -240,8 +295,9 @@ proptest! {
         let numbers = logs(2..2 + steps.len() as u64);
         let pins: Vec<_> = pins.into_iter().filter_map(|at| points.get(at)).map(|pin| pin.number).collect();
         let pinned: Vec<_> = pinned.into_iter().filter_map(|at| points.get(at)).map(|pin| pin.number).collect();
+        let shared: Vec<_> = shared.into_iter().filter_map(|at| points.get(at)).map(|point| point.number).collect();
         let input = RetentionInput {
-            pins: &pins, pinned: &pinned, held, extra_hourly, recent, now: at(minute), ..input(&points, &numbers)
+            pins: &pins, pinned: &pinned, shared: &shared, held, extra_hourly, recent, now: at(minute), ..input(&points, &numbers)
         };
         let plan = plan_retention(&input);
 

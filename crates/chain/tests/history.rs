@@ -131,6 +131,7 @@ impl Replica {
             pins: &self.pins,
             pinned: &self.pinned,
             forwarded: &[],
+            shared: &[],
             held: self.held,
             extra_hourly,
             recent,

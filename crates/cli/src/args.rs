@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use boot::SignOfLife;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
+use model::group::GroupMember;
+use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
 
-use crate::when;
+use crate::{groups, when};
 
 pub use crate::peer_args::{Entry, Identity, Peer};
 
@@ -63,10 +64,11 @@ pub enum Command {
     },
     /// The recovery points of a replica.
     Points {
-        vm: VmName,
+        #[command(flatten)]
+        target: Target,
         /// Show instead what retention would do now: which points go, why each other one stays, which logs are applied
         /// or merged.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "group")]
         plan: bool,
     },
     /// Keep a recovery point, whatever retention says, until it is unpinned.
@@ -107,7 +109,13 @@ pub enum Command {
     #[command(subcommand)]
     Replica(Replica),
     /// Run a cycle now and wait until its point is at the replica.
-    Sync { vm: VmName },
+    Sync {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// VMs that are fixed at one moment, share recovery points and are failed over together.
+    #[command(subcommand)]
+    Group(Group),
     /// Disks of a VM that come and go while it is protected.
     #[command(subcommand)]
     Disk(Disk),
@@ -324,17 +332,49 @@ pub enum Disk {
     },
 }
 
+/// A VM, or those of a group.
+#[derive(Debug, Args)]
+#[group(id = "target", required = true, multiple = false)]
+pub struct Target {
+    /// The VM.
+    pub vm: Option<VmName>,
+    /// Instead of a VM: those of this group, together.
+    #[arg(long, value_name = "NAME")]
+    pub group: Option<GroupName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Group {
+    /// At the site where the VMs run: have them fixed at one moment from now on.
+    Create {
+        name: GroupName,
+        /// The VMs in the order in which they are started; with a delay (db web:30s), so long after the one before.
+        #[arg(required = true, value_name = "VM[:DELAY]", value_parser = groups::member)]
+        members: Vec<GroupMember>,
+        /// The time between two moments, 5s to 15min; the shortest of the VMs' own, if nothing is given.
+        #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+        every: Option<Duration>,
+    },
+    /// The groups there are, on either side.
+    List,
+    /// One group: its VMs in their order, and its newest moment.
+    Show { name: GroupName },
+    /// At the site where the VMs run: end it; they stay protected, each by itself.
+    Remove { name: GroupName },
+}
+
 #[derive(Debug, Args)]
 pub struct Backup {
-    pub vm: VmName,
-    /// A certain recovery point, by id or name; `points` lists them.
+    #[command(flatten)]
+    pub target: Target,
+    /// A certain recovery point, by id or name (of a group: a moment, by id); `points` lists them.
     #[arg(long, value_name = "ID")]
     pub point: Option<PointRef>,
     /// How consistent the point must be.
-    #[arg(long, value_enum, default_value_t = ConsistencyWanted::PreferApplication)]
+    #[arg(long, value_enum, default_value_t = ConsistencyWanted::PreferApplication, conflicts_with = "group")]
     pub consistency: ConsistencyWanted,
     /// What is read: a pinned view, the same but refused while logs are applied, or the flat files.
-    #[arg(long, value_enum, default_value_t = View::Pinned)]
+    #[arg(long, value_enum, default_value_t = View::Pinned, conflicts_with = "group")]
     pub view: View,
     #[command(flatten)]
     pub repository: RepositoryArgument,
@@ -418,8 +458,9 @@ pub struct Check {
 pub enum Failover {
     /// Try a recovery point, beside replication: a writable copy that is gone afterwards, in a VM without a network.
     Test {
-        vm: VmName,
-        /// The recovery point; the newest if none is named.
+        #[command(flatten)]
+        target: Target,
+        /// The recovery point (of a group: the moment); the newest if none is named.
         #[arg(long, value_name = "ID")]
         point: Option<PointRef>,
         /// Only show the disks over NBD; start no VM.
@@ -429,7 +470,11 @@ pub enum Failover {
     /// End a test failover; nothing of it stays.
     EndTest {
         /// The test, as 'failover test' named it.
-        test: String,
+        #[arg(required_unless_present = "group")]
+        test: Option<String>,
+        /// Instead of one: all that were begun together for this group.
+        #[arg(long, value_name = "NAME", conflicts_with = "test")]
+        group: Option<GroupName>,
     },
     /// The test failovers that are open.
     Tests {
@@ -438,13 +483,13 @@ pub enum Failover {
     },
     /// Start from the replica without the primary: gives disks to start the VM with.
     Unplanned {
-        vm: VmName,
-        /// The recovery point; the newest if none is named.
+        #[command(flatten)]
+        target: Target,
+        /// The recovery point; the newest if none is named. Of a group: the moment; the newest that all its VMs have.
         #[arg(long, value_name = "ID")]
         point: Option<PointRef>,
-        /// Start the VM here too, as 'failover start' does.
-        #[arg(long)]
-        start: bool,
+        #[command(flatten)]
+        starts: Starts,
     },
     /// Start a VM that is failed over to this site, on this site's networks; it goes on running by itself.
     Start {
@@ -465,19 +510,24 @@ pub enum Failover {
     },
     /// At the site where the VM runs: give it, switched off, to its replica's site. Nothing is lost.
     Planned {
-        vm: VmName,
+        #[command(flatten)]
+        target: Target,
         /// Ask the guest to shut down, and wait for it that long.
         #[arg(long, value_parser = humantime::parse_duration, num_args = 0..=1, default_missing_value = "5m", value_name = "TIME")]
         shutdown: Option<Duration>,
     },
     /// Go back to replicating: what was written since is dropped.
-    Cancel { vm: VmName },
+    Cancel {
+        #[command(flatten)]
+        target: Target,
+    },
     /// Make a failover final: the other points go, and the VM's disks need nothing of Afterimage any more.
     Complete {
-        vm: VmName,
+        #[command(flatten)]
+        target: Target,
         /// The QMP socket of the QEMU that runs the VM here; not needed for one that 'failover start' has started.
         /// Without either, its disks are moved when it is off.
-        #[arg(long, value_name = "SOCKET")]
+        #[arg(long, value_name = "SOCKET", conflicts_with = "group")]
         qmp: Option<PathBuf>,
     },
     /// Replicate a VM that was failed over to this site back to where it came from; only differences travel.
@@ -500,6 +550,21 @@ pub enum Failover {
         #[arg(long, value_name = "SOCKET")]
         guest_agent: Option<PathBuf>,
     },
+}
+
+/// How VMs are started.
+#[derive(Debug, Args)]
+pub struct Starts {
+    /// Start the VM here too, as 'failover start' does; the VMs of a group in their order and with their delays.
+    #[arg(long)]
+    pub start: bool,
+    /// Run this (with 'sh -c') for each VM of the group, in their order and with their delays. It finds the VM in
+    /// $AFTERIMAGE_VM and its disks, as JSON, in $AFTERIMAGE_DISKS, and comes back when the VM is started.
+    #[arg(long, value_name = "COMMAND", requires = "group", conflicts_with = "start")]
+    pub start_with: Option<String>,
+    /// Begin with this VM: those before it are started already.
+    #[arg(long, value_name = "VM", requires = "group")]
+    pub from: Option<VmName>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -2,36 +2,58 @@
 
 use std::fmt::Write as _;
 
+use model::GroupName;
 use serde_json::Value;
-use site::{FailoverRequest, Failure};
+use site::{FailoverRequest, Failure, GroupFailover};
 
 use crate::absolute;
 use crate::args::Failover;
+use crate::groups::{self, Aim};
 use crate::show::{list, moment, relationships, text};
 
 /// What is asked of the site.
 pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
+    let together = |group: GroupName, what| FailoverRequest::Group { group, what };
     Ok(match failover {
-        Failover::Test { vm, point, disks_only } => {
-            FailoverRequest::Test { vm: vm.clone(), point: point.clone(), start: !disks_only }
+        Failover::Test { target, point, disks_only } => {
+            let (point, start) = (point.clone(), !disks_only);
+            match groups::target(target)? {
+                Aim::Vm(vm) => FailoverRequest::Test { vm, point, start },
+                Aim::Group(group) => together(group, GroupFailover::Test { point, start }),
+            }
         }
-        Failover::EndTest { test } => FailoverRequest::EndTest { test: test.clone() },
-        Failover::Tests { vm } => FailoverRequest::Tests { vm: vm.clone() },
-        Failover::Planned { vm, shutdown } => FailoverRequest::Planned {
-            vm: vm.clone(),
-            shut_down_s: shutdown.map(|patience| patience.as_secs().max(1)),
+        Failover::EndTest { test, group } => match (test, group) {
+            (_, Some(group)) => together(group.clone(), GroupFailover::EndTests),
+            (test, None) => FailoverRequest::EndTest { test: test.clone().unwrap_or_default() },
         },
-        Failover::Unplanned { vm, point, start } => {
-            FailoverRequest::Unplanned { vm: vm.clone(), point: point.clone(), start: *start }
+        Failover::Tests { vm } => FailoverRequest::Tests { vm: vm.clone() },
+        Failover::Planned { target, shutdown } => {
+            let shut_down_s = shutdown.map(|patience| patience.as_secs().max(1));
+            match groups::target(target)? {
+                Aim::Vm(vm) => FailoverRequest::Planned { vm, shut_down_s },
+                Aim::Group(group) => together(group, GroupFailover::Planned { shut_down_s }),
+            }
         }
         Failover::Start { vm, show } => FailoverRequest::Start { vm: vm.clone(), only_show: *show },
         Failover::Stop { vm, within, kill } => {
             FailoverRequest::Stop { vm: vm.clone(), within_s: (!kill).then(|| within.as_secs().max(1)) }
         }
-        Failover::Cancel { vm } => FailoverRequest::Cancel { vm: vm.clone() },
-        Failover::Complete { vm, qmp } => {
-            FailoverRequest::Complete { vm: vm.clone(), qmp: qmp.as_deref().map(absolute).transpose()? }
+        Failover::Unplanned { target, point, starts } => {
+            let point = point.clone();
+            match groups::target(target)? {
+                Aim::Vm(vm) => FailoverRequest::Unplanned { vm, point, start: starts.start },
+                // They are started one after the other, when all are failed over.
+                Aim::Group(group) => together(group, GroupFailover::Unplanned { point }),
+            }
         }
+        Failover::Cancel { target } => match groups::target(target)? {
+            Aim::Vm(vm) => FailoverRequest::Cancel { vm },
+            Aim::Group(group) => together(group, GroupFailover::Cancel),
+        },
+        Failover::Complete { target, qmp } => match groups::target(target)? {
+            Aim::Vm(vm) => FailoverRequest::Complete { vm, qmp: qmp.as_deref().map(absolute).transpose()? },
+            Aim::Group(group) => together(group, GroupFailover::Complete),
+        },
         Failover::Reverse { vm, qmp, nbd, to, every, guest_agent } => {
             FailoverRequest::Reverse(Box::new(site::Reverse {
                 vm: vm.clone(),
@@ -92,13 +114,14 @@ pub fn shown(request: &FailoverRequest, answer: &Value) -> String {
             "The failover of {vm} is final. Its logs are being folded in; after that its disks need nothing of Afterimage\n\
              any more as soon as the VM is started anew, or at once with '--qmp SOCKET'. 'afterimage status {vm}' tells."
         ),
+        FailoverRequest::Group { group, what } => groups::failover(group, what, answer),
         FailoverRequest::Cancel { .. } | FailoverRequest::Reverse(_) => {
             relationships(std::slice::from_ref(answer))
         }
     }
 }
 
-fn test(answer: &Value) -> String {
+pub fn test(answer: &Value) -> String {
     let cell = |key: &str| text(&answer[key]);
     let mut shown = format!("Test failover {} of {} (point {}):", cell("test"), cell("vm"), cell("point"));
     for disk in list(&answer["disks"]) {
@@ -152,7 +175,7 @@ fn command(answer: &Value) -> String {
     list(&answer["command"]).iter().map(quoted).collect::<Vec<_>>().join(" ")
 }
 
-fn disks(answer: &Value) -> String {
+pub fn disks(answer: &Value) -> String {
     let mut shown = String::new();
     for disk in list(&answer["disks"]) {
         let _ = writeln!(shown, "  {}  {}", text(&disk["name"]), text(&disk["path"]));

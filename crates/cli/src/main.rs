@@ -6,6 +6,7 @@
 mod args;
 mod demo;
 mod failover;
+mod groups;
 mod measurements;
 mod memory;
 mod peer_args;
@@ -21,9 +22,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use model::gate::Access;
 use serde_json::{Value, json};
-use site::{BackupRequest, By, Code, Config, Exported, Failure, Request};
+use site::{BackupRequest, By, Code, Config, Exported, Failure, GroupRequest, Request};
 
 use crate::args::{Arguments, Command, Disk, View};
+use crate::groups::Aim;
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -141,7 +143,8 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
     let bar = Bar::new(arguments);
     let answer = site::ask(&arguments.dir, &request, |progress| bar.show(&progress)).await;
     bar.clear();
-    let answer = answer?;
+    let mut answer = answer?;
+    groups::start_all(&arguments.dir, command, &mut answer).await?;
     let text = match command {
         Command::Measurements { csv: true, .. } => measurements::csv(&answer),
         _ => show::answer(&request, &answer),
@@ -157,7 +160,10 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Identity(identity) => peers::identity_request(identity)?,
         Command::Protect(protect) => Request::Protect(Box::new(wanted(protect)?)),
         Command::Status { vm } => Request::Status { vm: vm.clone() },
-        Command::Points { vm, plan } => Request::Points { vm: vm.clone(), plan: *plan },
+        Command::Points { target, plan } => match groups::target(target)? {
+            Aim::Vm(vm) => Request::Points { vm, plan: *plan },
+            Aim::Group(group) => Request::Group(GroupRequest::Points { group }),
+        },
         Command::Pin { vm, point, name } => {
             Request::Pin { vm: vm.clone(), point: point.clone(), name: name.clone() }
         }
@@ -167,7 +173,11 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Resync { vm, cancel } => Request::Resync { vm: vm.clone(), cancel: *cancel },
         Command::Configure { vm, passes } => when::configure(vm, passes)?,
         Command::Replica(replica) => when::replica(replica)?,
-        Command::Sync { vm } => Request::Sync { vm: vm.clone() },
+        Command::Sync { target } => match groups::target(target)? {
+            Aim::Vm(vm) => Request::Sync { vm },
+            Aim::Group(group) => Request::Group(GroupRequest::Sync { group }),
+        },
+        Command::Group(group) => Request::Group(groups::request(group)),
         Command::Disk(Disk::Add { vm, nodes }) => Request::AddDisks { vm: vm.clone(), nodes: nodes.clone() },
         Command::Disk(Disk::Remove { vm, disks }) => {
             Request::RemoveDisks { vm: vm.clone(), disks: disks.clone() }
@@ -181,18 +191,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
             bandwidth_bytes_per_s: extend.bandwidth,
         }),
         Command::Unextend { vm } => Request::Unextend { vm: vm.clone() },
-        Command::Backup(backup) => Request::Backup(BackupRequest {
-            vm: backup.vm.clone(),
-            point: backup.point.clone(),
-            consistency: consistency(backup.consistency),
-            view: match backup.view {
-                View::Pinned => Access::Pinned,
-                View::Strict => Access::Strict,
-                View::Hold => Access::Hold,
-            },
-            repository: backup.repository.repository.clone(),
-            no_retry: backup.no_retry,
-        }),
+        Command::Backup(backup) => backed_up(backup)?,
         Command::Jobs => Request::Jobs,
         Command::Hold { vm, lease } => Request::Hold { vm: vm.clone(), for_s: lease.as_secs() },
         Command::Release { hold } => Request::Release { hold: hold.clone() },
@@ -263,6 +262,27 @@ fn wanted(protect: &args::Protect) -> Result<site::Protect, Failure> {
         resync: protect.passes.resync.unwrap_or_default(),
         initial: protect.passes.initial.clone().unwrap_or_default(),
         take_over: protect.take_over,
+    })
+}
+
+fn backed_up(backup: &args::Backup) -> Result<Request, Failure> {
+    let (point, repository) = (backup.point.clone(), backup.repository.repository.clone());
+    Ok(match groups::target(&backup.target)? {
+        Aim::Group(group) => {
+            Request::Group(GroupRequest::Backup { group, point, repository, no_retry: backup.no_retry })
+        }
+        Aim::Vm(vm) => Request::Backup(BackupRequest {
+            vm,
+            point,
+            consistency: consistency(backup.consistency),
+            view: match backup.view {
+                View::Pinned => Access::Pinned,
+                View::Strict => Access::Strict,
+                View::Hold => Access::Hold,
+            },
+            repository,
+            no_retry: backup.no_retry,
+        }),
     })
 }
 

@@ -8,7 +8,7 @@ use crate::show::{bytes, list, moment, number, table, text};
 
 /// The recovery points of a replica.
 pub fn points(points: &[Value]) -> String {
-    let rows: Vec<_> = points
+    let mut rows: Vec<_> = points
         .iter()
         .map(|point| {
             vec![
@@ -18,13 +18,28 @@ pub fn points(points: &[Value]) -> String {
                 text(&point["consistency"]).to_owned(),
                 bytes(&point["bytes"]),
                 pin(point),
+                of_group(point),
             ]
         })
         .collect();
     if rows.is_empty() {
         return "No recovery points yet.".into();
     }
-    table(&["POINT", "NUMBER", "TAKEN AT", "CONSISTENCY", "LOG", "PINNED"], &rows)
+    let mut head = vec!["POINT", "NUMBER", "TAKEN AT", "CONSISTENCY", "LOG", "PINNED"];
+    if points.iter().any(|point| point["moment"].is_string()) {
+        head.push("OF MOMENT");
+    } else {
+        rows.iter_mut().for_each(|row| row.truncate(head.len()));
+    }
+    table(&head, &rows)
+}
+
+/// "68bc70b3 of shop, 9.2 ms": the moment of its group, and how far apart its points lie.
+fn of_group(point: &Value) -> String {
+    let Some(moment) = point["moment"].as_str() else { return "-".into() };
+    let skew_ms = point["skew_ms"].as_f64().unwrap_or_default();
+    let id: String = moment.chars().take(8).collect();
+    format!("{id} of {}, {skew_ms:.1} ms", text(&point["group"]))
 }
 
 /// "before-upgrade (keeps 1.4 GiB)".
@@ -92,6 +107,16 @@ mod tests {
         let last = |line: &str| line.split("  ").last().unwrap_or_default().to_owned();
         let ends: Vec<String> = shown.lines().skip(1).map(last).collect();
         assert_eq!(ends, ["before-upgrade (keeps 3.00 MiB)", "yes", "-"]);
+    }
+
+    #[test]
+    fn a_point_of_a_group_says_of_which_moment() {
+        let shown = points(&[
+            json!({ "id": "ab", "number": 1, "moment": "68bc70b3c9de", "group": "shop", "skew_ms": 9.24 }),
+            json!({ "id": "cd", "number": 2 }),
+        ]);
+        assert!(shown.contains("68bc70b3 of shop, 9.2 ms") && shown.contains("OF MOMENT"), "{shown}");
+        assert!(!points(&[json!({ "id": "cd", "number": 2 })]).contains("MOMENT"));
     }
 
     #[test]

@@ -85,7 +85,10 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         }
         Request::Seed(request) => seeded(request.vm.as_str(), answer),
         Request::Import { .. } => imported(answer),
-        Request::Unprotect { vm } => format!("{vm} is not protected any more."),
+        Request::Unprotect { vm } => {
+            let left = answer["left_group"]["message"].as_str().map(|left| format!("\n{left}."));
+            format!("{vm} is not protected any more.{}", left.unwrap_or_default())
+        }
         Request::Points { plan: false, .. } => points::points(list(&answer["points"])),
         Request::Points { plan: true, .. } => points::plan(answer),
         Request::Pin { vm, .. } => {
@@ -105,6 +108,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Check(_) => check(answer),
         Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover(request) => crate::failover::shown(request, answer),
+        Request::Group(request) => crate::groups::shown(request, answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
         Request::Measurements { .. } => measurements::tables(list(&answer["measurements"])),
         Request::Events { .. } => events(list(&answer["events"])),
@@ -245,6 +249,9 @@ fn details(vm: &Value) -> String {
     if vm["interval_s"].is_u64() {
         line("interval", format!("{} s, {} hourly points", number(&vm["interval_s"]), number(&vm["points"])));
     }
+    if let Some(group) = vm["group"].as_str() {
+        line("group", format!("{group}; 'afterimage group show {group}'"));
+    }
     let cycle = &vm["last_cycle"];
     if !cycle.is_null() {
         let sent = format!("{} in {}", bytes(&cycle["log_bytes"]), seconds(&cycle["total_s"]));
@@ -296,7 +303,7 @@ fn imported(answer: &Value) -> String {
     )
 }
 
-fn backup(vm: &str, answer: &Value) -> String {
+pub fn backup(vm: &str, answer: &Value) -> String {
     let mut shown = format!(
         "{vm} is backed up: backup {}, point {} of {} ({}-consistent)\n  read {}, added {}, {}\n",
         &text(&answer["backup"]).chars().take(8).collect::<String>(),

@@ -361,6 +361,7 @@ fn a_peers_words_are_only_words() {
         phase: Phase::ResyncRequired { why: model::ResyncReason::ChainBroken("\u{1b}]0;x\u{7}".into()) },
         error: Some("\u{1b}[2J\u{9b}31mlook".into()),
         paused: false,
+        moment: None,
     };
     block_on(theirs.report(vm, &report)).unwrap();
     for command in [&["status"][..], &["status", "web"], &["events"]] {

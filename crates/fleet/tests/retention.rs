@@ -44,6 +44,7 @@ proptest! {
                 pins: &pins,
                 pinned: &[],
                 forwarded: &[],
+                shared: &[],
                 held: false,
                 extra_hourly,
                 recent: 0,

@@ -104,7 +104,7 @@ name_type!(
 );
 
 name_type!(
-    /// What people call a trust group of peers.
+    /// What people call a group: of peers that trust each other with a VM, or of VMs that are fixed at one moment.
     GroupName,
     "group"
 );
@@ -208,6 +208,10 @@ id_type!(
 id_type!(
     /// One attempt to ship a log. A log given up and made again has the same number and another id.
     LogId
+);
+id_type!(
+    /// One moment of a group of VMs: the same for the points of all of them.
+    MomentId
 );
 
 impl LogId {

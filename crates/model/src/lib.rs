@@ -1,7 +1,7 @@
 //! The words and rules of Afterimage, and nothing else.
 //!
 //! Ids and units, the phases of a relationship, its health, the gate with its eight conditions,
-//! what a peer may do, retry and backoff, when a base moves, consistency and intervals. Everything here is a value or a pure function:
+//! what a peer may do, how several VMs come to one moment, retry and backoff, when a base moves, consistency and intervals. Everything here is a value or a pure function:
 //! no clock is read, no file or socket opened, no task started. Time comes in as a [`Timestamp`],
 //! chance as a number, and decisions come out as values. So each rule can be tested, and a world of
 //! a hundred thousand VMs simulated, without waiting a second.
@@ -21,6 +21,7 @@ mod consistency;
 mod cycle;
 mod expiry;
 pub mod gate;
+pub mod group;
 mod health;
 mod ids;
 pub mod job;
@@ -37,7 +38,9 @@ pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, cho
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
 pub use expiry::{EXPIRY_WARNING, Expiry, expiry};
 pub use health::{Assessment, Health, HealthInput, HealthThresholds, Lately, assess};
-pub use ids::{DiskName, GroupName, IdError, LogId, LogNumber, MediaId, NameError, PointName, VmId, VmName};
+pub use ids::{
+    DiskName, GroupName, IdError, LogId, LogNumber, MediaId, MomentId, NameError, PointName, VmId, VmName,
+};
 pub use measure::{
     CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
 };

@@ -14,6 +14,7 @@ use model::{
     Consistency, CyclePlan, Head, LogAttempt, LogNumber, Phase, Progress, Purpose, ResyncReason, ResyncWord,
     Timestamp, phase_after, plan_cycle,
 };
+use qemu::Seat;
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
 use tokio::sync::mpsc;
@@ -24,7 +25,9 @@ use crate::ahead::ReadAhead;
 use crate::cover::{DiskPart, covered, parts_of_changes, parts_of_pass};
 use crate::digests::Digests;
 use crate::error::{Failure, FailureCode};
-use crate::ports::{Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, Ports, Remote};
+use crate::ports::{
+    Ahead, Announced, Capture, CaptureRequest, Disk, DiskReader, GroupMoment, Guest, Ports, Remote, Report,
+};
 use crate::read::{Item, PassLimits, QUEUE_RECORDS, Reader, RecordSink};
 use crate::relationship::Relationship;
 use crate::rows::{KnownDisk, Protected};
@@ -57,6 +60,9 @@ pub struct CycleReport {
     pub reading: Duration,
     /// From the moment to the durable acknowledgement.
     pub total: Duration,
+    /// The moment of its group, if it was one.
+    #[serde(default)]
+    pub shared: Option<GroupMoment>,
 }
 
 pub(crate) type DiskOf<P> = <<P as Ports>::Guest as Guest>::Disk;
@@ -91,17 +97,24 @@ impl<P: Ports> Relationship<P> {
             (Some(room), Some(base)) => self.read_ahead(&vm, &disks, base, room.bytes).await,
             _ => None,
         };
+        let is_seated = self.seat.is_some();
         let (capture, consistency, note) = self.fix_moment(&vm, &disks, &work, ahead.is_some()).await?;
-        let (moment, fixed) = (capture.moment(), Instant::now());
-        let outcome = self.read_and_ship(&vm, capture, work, ahead, moment, consistency).await;
-        drop(room);
+        // While the others were waited for it had none: a group may have more VMs than there are turns.
+        let turn = if is_seated { shared.cycles.acquire().await.ok() } else { None };
+        let group = capture.shared();
+        let moment = group.as_ref().map_or_else(|| capture.moment(), |group| group.at);
+        let fixed = Instant::now();
+        let made = Made { moment, consistency, group: group.clone() };
+        let outcome = self.read_and_ship(&vm, capture, work, ahead, made).await;
+        drop((room, turn));
         let base = plan.base;
         match outcome {
             Ok((shipment, reading)) => {
                 vm.commit(&disks, base, plan.next).await?;
                 self.squared = !self.row.is_whole_on_media();
                 let point = (self.row.phase == Phase::Replicating).then_some(consistency);
-                Ok(report(plan, moment, point, note, shipment, reading, fixed.elapsed()))
+                let report = report(plan, moment, point, note, shipment, reading, fixed.elapsed());
+                Ok(CycleReport { shared: group, ..report })
             }
             Err(failure) => {
                 // The fate of the last log may be unknown: keep every change since the last known one.
@@ -177,7 +190,7 @@ impl<P: Ports> Relationship<P> {
                     size_bytes: now.known().size_bytes,
                 })
                 .collect(),
-            interval_s: row.settings.interval.as_secs(),
+            interval_s: self.interval().as_secs(),
             points: row.settings.points,
             primary_name: self.shared.config.site_name.clone(),
             definition,
@@ -186,6 +199,7 @@ impl<P: Ports> Relationship<P> {
             paused: row.paused,
             generation: row.generation,
             media: row.offered_media(),
+            group: self.group.as_ref().map(|membership| membership.group.clone()),
         }
     }
 
@@ -314,8 +328,11 @@ impl<P: Ports> Relationship<P> {
         let plan = work.plan;
         let fresh: Vec<usize> =
             work.parts.iter().filter(|part| part.covered.is_empty()).map(|part| part.disk).collect();
-        let request = CaptureRequest { disks, fresh: &fresh, base: plan.base, next: plan.next, again };
-        let agent = self.row.settings.agent().filter(|_| self.application_point_is_due(plan.purpose));
+        let seat = self.seat.take().filter(|_| plan.purpose == Purpose::Changes);
+        let freezes = self.row.settings.app_every.is_some() && seat.as_ref().is_some_and(Seat::freezes);
+        let agent =
+            self.row.settings.agent().filter(|_| freezes || self.application_point_is_due(plan.purpose));
+        let request = CaptureRequest { disks, fresh: &fresh, base: plan.base, next: plan.next, again, seat };
         match agent {
             None => {
                 let capture = vm.begin_capture(request).await?;
@@ -349,8 +366,7 @@ impl<P: Ports> Relationship<P> {
         capture: CaptureOf<P>,
         work: Work,
         ahead: Option<ReadAhead>,
-        moment: Timestamp,
-        consistency: Consistency,
+        made: Made,
     ) -> Result<(Shipment, Duration), Failure> {
         let (remote, folder) = (self.remote()?, self.media_folder());
         // What a capture has as records already speaks for changes alone.
@@ -360,7 +376,7 @@ impl<P: Ports> Relationship<P> {
         let started = Instant::now();
         // While a disk joins, the points of the others go on: it has half of the time between them.
         let time = match plan.purpose {
-            Purpose::Changes => self.row.settings.interval / 2,
+            Purpose::Changes => self.interval() / 2,
             Purpose::Initial | Purpose::Resync => PASS_TIME,
         };
         let stop = self.stop.clone();
@@ -383,8 +399,8 @@ impl<P: Ports> Relationship<P> {
                 .map(|d| log::DiskInfo { name: d.name.clone(), size_bytes: d.size_bytes })
                 .collect(),
             plan,
-            moment,
-            consistency,
+            moment: made.moment,
+            consistency: made.consistency,
         };
         let mut capture = Some(capture);
         let mut reading = Duration::ZERO;
@@ -421,8 +437,8 @@ impl<P: Ports> Relationship<P> {
             reading = started.elapsed();
             vm.end_reading(capture).await
         };
-        let mut ledger =
-            Rows { row: &mut self.row, catalog: &self.shared.catalog, plan, after, moment, consistency };
+        let catalog = &self.shared.catalog;
+        let mut ledger = Rows { row: &mut self.row, catalog, remote: &remote, plan, after, made };
         let outcome = tokio::select! {
             biased;
             both = async { tokio::try_join!(read, cycle.ship(received, &mut ledger)) } => both,
@@ -452,17 +468,40 @@ impl Work {
     }
 }
 
-/// The ledger of a cycle is the VM's row in the catalog.
-struct Rows<'a> {
-    row: &'a mut Protected,
-    catalog: &'a Catalog,
-    plan: CyclePlan,
-    after: Vec<KnownDisk>,
+/// What a cycle's point comes to.
+struct Made {
     moment: Timestamp,
     consistency: Consistency,
+    /// It is the point of other VMs too.
+    group: Option<GroupMoment>,
 }
 
-impl Ledger for Rows<'_> {
+/// The ledger of a cycle is the VM's row in the catalog.
+struct Rows<'a, R> {
+    row: &'a mut Protected,
+    catalog: &'a Catalog,
+    remote: &'a R,
+    plan: CyclePlan,
+    after: Vec<KnownDisk>,
+    made: Made,
+}
+
+impl<R: Remote> Rows<'_, R> {
+    /// Tells the replica's site, before it has the point, that it is one of the group's.
+    async fn announce(&self, head: Head) -> Result<(), Failure> {
+        let Some(moment) = self.made.group.clone() else { return Ok(()) };
+        let Head { number, id } = head;
+        let report = Report {
+            phase: self.row.phase.clone(),
+            error: None,
+            paused: self.row.paused,
+            moment: Some(Announced { number, id, moment }),
+        };
+        self.remote.report(self.row.vm, &report).await
+    }
+}
+
+impl<R: Remote> Ledger for Rows<'_, R> {
     fn joined(&mut self, covered: &[u64]) -> usize {
         let joining = self.after.iter_mut().filter(|disk| disk.joining.is_some());
         joining.zip(covered).for_each(|(disk, &covered)| disk.joining = Some(covered));
@@ -474,6 +513,9 @@ impl Ledger for Rows<'_> {
     }
 
     async fn about_to_finish(&mut self, attempt: LogAttempt) -> Result<(), Failure> {
+        if attempt.ends_cycle {
+            self.announce(attempt.head).await?;
+        }
         self.row.shipped.attempt = Some(attempt);
         durable_step("primary::attempt::saving");
         self.row.save(self.catalog).await?;
@@ -491,7 +533,7 @@ impl Ledger for Rows<'_> {
         let progress = attempt.progress.unwrap_or_default();
         if let Some(media) = &mut row.passes.media {
             // At the replica it is once it was imported.
-            media.moment = makes_point.then_some(self.moment);
+            media.moment = makes_point.then_some(self.made.moment);
             if let Some(progress) = attempt.progress {
                 row.phase = Phase::InitialReplication { progress };
             }
@@ -499,9 +541,9 @@ impl Ledger for Rows<'_> {
             row.enter(phase_after(self.plan.purpose, makes_point, progress, &row.phase));
         }
         if makes_point && row.passes.media.is_none() {
-            row.point_at = Some(self.moment);
-            if self.consistency == Consistency::Application {
-                row.app_at = Some(self.moment);
+            row.point_at = Some(self.made.moment);
+            if self.made.consistency == Consistency::Application {
+                row.app_at = Some(self.made.moment);
             }
         }
         durable_step("primary::acked::saving");
@@ -575,5 +617,6 @@ fn report(
         zero_bytes,
         reading,
         total,
+        shared: None,
     }
 }

@@ -89,6 +89,12 @@ pub enum Error {
     /// A VM of that name is protected already.
     #[error("a VM named {0} is already protected; choose another name with --name, or unprotect it first")]
     Exists(model::VmName),
+    /// No group of that name.
+    #[error("this site has no group {0}; 'afterimage group list' lists them")]
+    NoSuchGroup(model::GroupName),
+    /// There is such a group already, or a VM is in another.
+    #[error("{0}")]
+    Taken(String),
     /// A setting is out of its range.
     #[error("{0}")]
     Setting(String),

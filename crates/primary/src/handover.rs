@@ -87,6 +87,14 @@ impl<P: Ports> Relationship<P> {
         Err(Failure::transient(FailureCode::Qemu, message))
     }
 
+    /// Whether it could be given over without being asked to shut down, or was before.
+    pub(crate) async fn check_off(&mut self) -> Result<(), Failure> {
+        match self.row.phase {
+            Phase::FailedOver => Ok(()),
+            _ => self.check_quiet().await,
+        }
+    }
+
     async fn check_quiet(&mut self) -> Result<(), Failure> {
         if self.connect_guest().await?.is_quiet().await? {
             return Ok(());

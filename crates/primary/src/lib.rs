@@ -23,6 +23,7 @@ mod digests;
 mod disks;
 mod error;
 mod folder;
+mod group;
 mod handover;
 mod media;
 mod passes;
@@ -41,8 +42,8 @@ use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
-    Assessment, CycleBackoff, CycleTally, DiskName, Health, HealthThresholds, InitialStart, LastError,
-    LogNumber, MayRun, Phase, ResyncPolicy, ResyncReason, Sum, Timestamp, VmId, VmName,
+    Assessment, CycleBackoff, CycleTally, DiskName, GroupName, Health, HealthThresholds, InitialStart,
+    LastError, LogNumber, MayRun, Phase, ResyncPolicy, ResyncReason, Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -52,6 +53,8 @@ pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
+use crate::group::{GroupRow, Handles, Running};
+pub use crate::group::{GroupStatus, Synced};
 use crate::ports::Ports;
 pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
@@ -150,6 +153,10 @@ pub struct VmStatus {
     pub measured: Sum<CycleTally>,
     /// The last error of the window, mended or not.
     pub last_error: Option<LastError>,
+    /// The group that it is in.
+    pub group: Option<GroupName>,
+    /// The moment of the newest application-consistent point.
+    pub app_at: Option<Timestamp>,
 }
 
 impl VmStatus {
@@ -175,6 +182,8 @@ impl VmStatus {
             generation: row.generation,
             measured: Sum::default(),
             last_error: None,
+            group: None,
+            app_at: row.app_at,
         }
     }
 }
@@ -182,7 +191,10 @@ impl VmStatus {
 /// The primary's side of a site: a task for each relationship.
 pub struct Primary<P: Ports = Real> {
     shared: Arc<Shared<P>>,
-    handles: Mutex<BTreeMap<VmName, Handle>>,
+    handles: Handles,
+    running_groups: Mutex<BTreeMap<GroupName, Running>>,
+    /// Groups are made, changed and removed one at a time.
+    changing_groups: tokio::sync::Mutex<()>,
 }
 
 impl<P: Ports> Primary<P> {
@@ -190,19 +202,29 @@ impl<P: Ports> Primary<P> {
     pub fn open(catalog: Catalog, config: Config, ports: P) -> Result<Self, Error> {
         let shared = Shared::open(catalog, config, ports)?;
         Relationship::load(&shared)?; // what cannot be read is better known now than at the start
-        Ok(Self { shared, handles: Mutex::default() })
+        Self::load_groups(&shared)?;
+        let (handles, running_groups) = (Handles::default(), Mutex::default());
+        Ok(Self { shared, handles, running_groups, changing_groups: tokio::sync::Mutex::default() })
     }
 
     /// Starts a runner for each protected VM. Call it within a tokio runtime.
     pub fn start(&self) -> Result<(), Error> {
-        for relationship in Relationship::load(&self.shared)? {
+        let groups = Self::load_groups(&self.shared)?;
+        for mut relationship in Relationship::load(&self.shared)? {
+            relationship.join_group(Self::membership(&groups, &relationship.row().name));
             self.spawn(relationship);
+        }
+        // A site may have several kinds of relationships: a group is where its members are.
+        let is_here = |row: &GroupRow| row.group.members.iter().any(|member| self.get(&member.vm).is_some());
+        for row in groups.into_iter().filter(is_here) {
+            self.start_group(row);
         }
         Ok(())
     }
 
     /// Ends all runners; a running cycle is given up and its changes stay with QEMU.
     pub async fn shutdown(&self) {
+        self.groups().clear(); // no more moments are begun
         let handles = std::mem::take(&mut *self.lock());
         for handle in handles.values() {
             let _ = handle.orders.try_send(Order::End);
@@ -286,6 +308,11 @@ impl<P: Ports> Primary<P> {
         Ok(answer.await.map_err(|_| no_such_vm())??)
     }
 
+    /// Whether a VM could be given over as it is: it is off, or was given over before.
+    pub async fn check_off(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.order(name, Order::CheckOff, WhenRunning::Wait).await
+    }
+
     /// Begins to protect a VM that has come to this site, under the id that it has always had; `why` both sides are
     /// compared first.
     pub async fn take_over(
@@ -319,6 +346,7 @@ impl<P: Ports> Primary<P> {
     /// Forgets a VM that has stood down.
     pub async fn forget(&self, name: &VmName) -> Result<(), Error> {
         let status = self.get(name).ok_or_else(|| Error::NoSuchVm(name.clone()))?;
+        self.leave_group(name).await?;
         rows::remove(&self.shared.catalog, status.vm).await?;
         self.lock().remove(name);
         Ok(())
@@ -331,8 +359,9 @@ impl<P: Ports> Primary<P> {
         Ok(before)
     }
 
-    /// Ends the protection; nothing of ours stays in QEMU. The replica keeps what it has.
+    /// Ends the protection, and takes the VM out of its group; nothing of ours stays in QEMU. The replica keeps what it has.
     pub async fn unprotect(&self, name: &VmName) -> Result<VmStatus, Error> {
+        self.leave_group(name).await?;
         let status = self.order(name, Order::Forget, WhenRunning::Stop).await?;
         rows::remove(&self.shared.catalog, status.vm).await?;
         self.lock().remove(name);

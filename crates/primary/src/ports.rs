@@ -25,13 +25,14 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
+pub use model::group::{Door, GroupMoment};
 use model::{Consistency, DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
 use nbd::DirtyExtent;
-pub use qemu::AgentAddress;
+pub use qemu::{AgentAddress, Seat};
 use serde_json::Value;
 pub use wire::{
-    DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, OfferedMedia, RateLimiter,
-    RelationshipStatus, Report,
+    Announced, DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, OfferedMedia,
+    RateLimiter, RelationshipStatus, Report,
 };
 
 use crate::error::Failure;
@@ -209,6 +210,9 @@ pub struct CaptureRequest<'a, D> {
     pub next: LogNumber,
     /// Changes were read ahead: what was noted of the time since ends at the moment too, and can be read.
     pub again: bool,
+    /// Where the moment is to be one with those of other VMs: whoever can waits for them, and says in
+    /// [`Capture::shared`] what came of it.
+    pub seat: Option<Seat>,
 }
 
 /// Disks that are read ahead of a moment. [`Guest::end_ahead`] ends it; so does dropping it, a little later.
@@ -228,6 +232,11 @@ pub trait Capture: Send + Sync + 'static {
 
     /// The moment: every write that the guest knew to be done before it is in.
     fn moment(&self) -> Timestamp;
+
+    /// The moment of other VMs that it is too; see [`CaptureRequest::seat`].
+    fn shared(&self) -> Option<GroupMoment> {
+        None
+    }
 
     /// What a point that is made of it comes to.
     fn consistency(&self) -> Consistency {

@@ -1,6 +1,7 @@
 //! Begins to protect a VM.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use model::{INTERVAL_SECONDS, InitialStart, POINTS_MAX, VmId, check_initial_start};
 use qemu::{DomainAddress, libvirt};
@@ -92,17 +93,22 @@ pub async fn find_domain(uri: &str, name: &str, needs_agent: bool) -> Result<Dom
 }
 
 pub(crate) fn check_settings(settings: &Settings, least: u64) -> Result<(), Error> {
-    let seconds = settings.interval.as_secs();
-    if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
-        return Err(Error::Setting(format!(
-            "an interval of {seconds} s is out of range; use {least} s to {} s",
-            INTERVAL_SECONDS.end()
-        )));
-    }
+    check_interval(settings.interval, least)?;
     if settings.points > POINTS_MAX {
         return Err(Error::Setting(format!(
             "{} recovery points are too many; use 0 to {POINTS_MAX}",
             settings.points
+        )));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_interval(interval: Duration, least: u64) -> Result<(), Error> {
+    let seconds = interval.as_secs();
+    if !(least..=*INTERVAL_SECONDS.end()).contains(&seconds) {
+        return Err(Error::Setting(format!(
+            "an interval of {seconds} s is out of range; use {least} s to {} s",
+            INTERVAL_SECONDS.end()
         )));
     }
     Ok(())

@@ -13,8 +13,8 @@ use wire::{Client, DigestRequest, HandOver, HandedOver, Offer, RelationshipStatu
 
 use crate::error::{Failure, FailureCode};
 use crate::ports::{
-    AgentAddress, Ahead, Capture, CaptureRequest, Disk, DiskReader, Guest, LogUpload, Ports, Remote, Upload,
-    Which,
+    AgentAddress, Ahead, Capture, CaptureRequest, Disk, DiskReader, GroupMoment, Guest, LogUpload, Ports,
+    Remote, Upload, Which,
 };
 use crate::rows::{KnownDisk, Settings};
 
@@ -113,7 +113,7 @@ pub struct QemuGuest {
 }
 
 impl QemuGuest {
-    fn request(&self, asked: &CaptureRequest<'_, qemu::Disk>) -> qemu::CaptureRequest {
+    fn request(&self, asked: CaptureRequest<'_, qemu::Disk>) -> qemu::CaptureRequest {
         qemu::CaptureRequest {
             disks: asked.disks.to_vec(),
             fresh: asked.fresh.to_vec(),
@@ -122,6 +122,7 @@ impl QemuGuest {
             again: asked.again,
             scratch_dir: self.scratch_dir.clone(),
             scratch_limit_bytes: self.scratch_limit_bytes,
+            seat: asked.seat,
         }
     }
 }
@@ -176,7 +177,7 @@ impl Guest for QemuGuest {
     }
 
     async fn begin_capture(&self, request: CaptureRequest<'_, qemu::Disk>) -> Result<qemu::Capture, Failure> {
-        self.vm.begin_capture(self.request(&request)).await.map_err(qemu_failure)
+        self.vm.begin_capture(self.request(request)).await.map_err(qemu_failure)
     }
 
     async fn begin_capture_frozen(
@@ -184,7 +185,7 @@ impl Guest for QemuGuest {
         request: CaptureRequest<'_, qemu::Disk>,
         agent: &AgentAddress,
     ) -> Result<(qemu::Capture, Result<(), String>), Failure> {
-        let begun = self.vm.begin_capture_frozen(self.request(&request), agent).await;
+        let begun = self.vm.begin_capture_frozen(self.request(request), agent).await;
         let (capture, frozen) = begun.map_err(qemu_failure)?;
         Ok((capture, frozen.map_err(|error| error.to_string())))
     }
@@ -232,6 +233,10 @@ impl Capture for qemu::Capture {
 
     fn moment(&self) -> Timestamp {
         self.moment
+    }
+
+    fn shared(&self) -> Option<GroupMoment> {
+        self.shared.clone()
     }
 
     async fn readers(&self) -> Result<Vec<NbdReader>, Failure> {

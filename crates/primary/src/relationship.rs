@@ -8,6 +8,7 @@ use model::{
     ApplyState, CycleTally, HealthInput, LastError, Lately, MayRun, Owed, Phase, Progress, Purpose,
     Timestamp, assess, tally_ms,
 };
+use qemu::Seat;
 use steps::durable_step;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use wire::{RateLimiter, Report};
 use crate::ahead::Memory;
 use crate::cycle::CycleReport;
 use crate::error::{Error, Failure, FailureCode};
+use crate::group::Membership;
 use crate::ports::{Guest, Ports, Remote};
 use crate::rows::{self, Measured, Protected};
 use crate::{Config, VmStatus};
@@ -36,7 +38,7 @@ pub struct Shared<P> {
     pub(crate) config: Arc<Config>,
     pub(crate) ports: P,
     /// Cycles at once, over all VMs: bounds memory and what the guests' host feels.
-    cycles: Semaphore,
+    pub(crate) cycles: Semaphore,
     /// Memory for what is read ahead.
     pub(crate) ahead: Memory,
 }
@@ -72,6 +74,10 @@ pub struct Relationship<P: Ports> {
     pub(crate) squared: bool,
     pub(crate) stop: CancellationToken,
     pub(crate) limiter: Option<RateLimiter>,
+    /// The group that it is in.
+    pub(crate) group: Option<Membership>,
+    /// Where its cycle waits for those of its group.
+    pub(crate) seat: Option<Seat>,
     guest: Option<Arc<P::Guest>>,
     next_at: Timestamp,
     /// When that was decided: a clock that shows less than this has been set back.
@@ -82,7 +88,7 @@ pub struct Relationship<P: Ports> {
     owed: Owed,
     sent_bytes: u64,
     pending_bytes: Option<u64>,
-    stopper: Stopper,
+    pub(crate) stopper: Stopper,
     status: Arc<Mutex<VmStatus>>,
 }
 
@@ -97,7 +103,7 @@ impl Stopper {
     }
 
     /// The token of a new cycle.
-    fn renew(&self) -> CancellationToken {
+    pub(crate) fn renew(&self) -> CancellationToken {
         let token = CancellationToken::new();
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = token.clone();
         token
@@ -125,6 +131,8 @@ impl<P: Ports> Relationship<P> {
             row,
             shared,
             squared: false,
+            group: None,
+            seat: None,
             stop: stopper.renew(),
             guest: None,
             last_cycle: None,
@@ -148,6 +156,9 @@ impl<P: Ports> Relationship<P> {
 
     /// How long until a cycle is due by itself; none while it is not.
     pub fn due_in(&self) -> Option<Duration> {
+        if self.group.is_some() && self.absence().is_none() && !self.row.has_joining() {
+            return None; // the group's cycles are
+        }
         let ended = self.row.phase == Phase::FailedOver;
         let blocked =
             ended || self.row.paused || self.row.error.as_ref().is_some_and(|failure| !failure.transient);
@@ -184,7 +195,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     fn book_a_look(&mut self) {
-        self.book((self.row.settings.interval / NEWS_LOOKS).max(NEWS_LOOK_MIN));
+        self.book((self.interval() / NEWS_LOOKS).max(NEWS_LOOK_MIN));
         // What is not there yet is not missed.
         self.owed = Owed::from(self.next_at);
     }
@@ -281,7 +292,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     /// Books a cycle: when the next one is due, what to show and what to measure.
-    async fn settle(&mut self, started: Timestamp, outcome: &Result<CycleReport, Failure>) {
+    pub(crate) async fn settle(&mut self, started: Timestamp, outcome: &Result<CycleReport, Failure>) {
         match outcome {
             Ok(report) => self.settle_done(started, report),
             // A pause, or the end of the site: no error, and nothing that was missed.
@@ -292,7 +303,7 @@ impl<P: Ports> Relationship<P> {
             }
             Err(failure) if matches!(failure.code, FailureCode::SeedAwaited | FailureCode::MediaAwaited) => {
                 self.row.error = Some(failure.clone());
-                self.book(SEED_LOOK.min(self.row.settings.interval));
+                self.book(SEED_LOOK.min(self.interval()));
                 self.owed = Owed::from(self.next_at);
             }
             Err(failure) => self.settle_failed(failure).await,
@@ -305,7 +316,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     fn settle_done(&mut self, started: Timestamp, report: &CycleReport) {
-        let (now, interval) = (self.shared.now(), self.row.settings.interval);
+        let (now, interval) = (self.shared.now(), self.interval());
         self.row.failures = 0;
         self.row.error = None;
         if report.logs == 0 {
@@ -337,7 +348,7 @@ impl<P: Ports> Relationship<P> {
     }
 
     async fn settle_failed(&mut self, failure: &Failure) {
-        let (now, interval) = (self.shared.now(), self.row.settings.interval);
+        let (now, interval) = (self.shared.now(), self.interval());
         tracing::warn!(vm = %self.row.name, error = %failure, "a cycle failed");
         self.guest = self.guest.take().filter(|_| failure.code != FailureCode::QemuGone);
         self.squared = false;
@@ -401,6 +412,7 @@ impl<P: Ports> Relationship<P> {
             phase: self.row.phase.clone(),
             error: self.row.error.as_ref().filter(|failure| !failure.transient).map(|f| f.message.clone()),
             paused: self.row.paused,
+            moment: None,
         };
         if let Ok(remote) = self.remote()
             && let Err(error) = remote.report(self.row.vm, &report).await
@@ -442,14 +454,17 @@ impl<P: Ports> Relationship<P> {
                 apply: &ApplyState::Idle,
                 paused: self.row.paused,
                 last_log_at: by_media.or(self.row.point_at).unwrap_or(self.row.made_at),
-                interval: self.row.settings.interval,
+                interval: self.interval(),
                 lately: Lately::of(&measured, now),
                 error: self.row.error.as_ref().filter(|f| !f.transient).map(|f| f.message.as_str()),
             },
             &self.shared.config.thresholds,
             now,
         );
+        let settings = rows::Settings { interval: self.interval(), ..self.row.settings.clone() };
         VmStatus {
+            settings,
+            group: self.group.as_ref().map(|membership| membership.group.name.clone()),
             health,
             last_cycle: self.last_cycle.clone(),
             pending_bytes: self.pending_bytes,

@@ -43,7 +43,7 @@ const TABLES: &[&str] = &["
     ) STRICT;
 ", "
     ALTER TABLE protected ADD COLUMN passes TEXT NOT NULL DEFAULT '{}';      -- json: Passes
-"];
+", crate::group::TABLE];
 
 /// What a person has set for one protected VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

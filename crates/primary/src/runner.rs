@@ -7,9 +7,11 @@ use model::DiskName;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use qemu::Seat;
 use wire::HandedOver;
 
 use crate::error::Failure;
+use crate::group::Membership;
 use crate::ports::Ports;
 use crate::relationship::{Relationship, Stopper};
 use crate::{Changes, VmStatus};
@@ -32,8 +34,14 @@ pub(crate) enum Order {
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
     StandDown(oneshot::Sender<bool>),
+    /// Run a cycle whose moment is its group's.
+    Together(Seat, oneshot::Sender<Result<(), Failure>>),
+    /// It is in this group from now on, or in none.
+    Join(Option<Membership>),
     /// Begin a new monitoring window.
     Reset(oneshot::Sender<Result<(), Failure>>),
+    /// Say whether the guest is off.
+    CheckOff(oneshot::Sender<Result<(), Failure>>),
     /// Remove our bitmaps from QEMU and end.
     Forget(oneshot::Sender<Result<(), Failure>>),
     /// End, leaving the bitmaps to the next start of the site.
@@ -91,6 +99,12 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
                     relationship.publish();
                     let _ = done.send(outcome);
                 }
+                Some(Order::Together(seat, done)) => {
+                    let outcome = relationship.cycle_together(seat).await.map(drop);
+                    relationship.publish();
+                    let _ = done.send(outcome);
+                }
+                Some(Order::Join(membership)) => relationship.join_group(membership),
                 Some(order) => obey(&mut relationship, order).await,
             },
             () = sleep_for(due) => {
@@ -114,8 +128,14 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
         Order::CancelResync(done) => (done, relationship.cancel_resync().await),
         Order::Configure(changes, done) => (done, relationship.configure(changes).await),
+        Order::CheckOff(done) => (done, relationship.check_off().await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
-        Order::HandOver(..) | Order::StandDown(_) | Order::Forget(_) | Order::End => return,
+        Order::HandOver(..)
+        | Order::Together(..)
+        | Order::Join(_)
+        | Order::StandDown(_)
+        | Order::Forget(_)
+        | Order::End => return,
     };
     relationship.publish();
     let _ = done.send(result);

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! scratch files, overlays ─▶ [freeze] ─▶ ONE transaction: backup jobs, bitmap `next`, stop `base` ─▶ [thaw]
+//!                         ▲           ▲   with a seat: wait for the other VMs of the moment    ▲
 //!   ─▶ NBD exports ─▶ (read) ─▶ exports, jobs, overlays, scratch files removed; the bitmaps stay
 //! ```
 //!
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use model::bitmaps::{at_moment, judge_repairable};
+use model::group::{Door, GroupMoment};
 use model::{DiskName, LogNumber, Timestamp, Tracking};
 use serde_json::{Value, json};
 use steps::durable_step;
@@ -25,6 +27,7 @@ use crate::bitmaps::{self, action};
 use crate::disks::Disk;
 use crate::error::Error;
 use crate::freeze::{Freeze, FreezeLimits};
+use crate::meeting::Seat;
 use crate::qmp::Command;
 use crate::scratch::{self, Scratch, WATCH_INTERVAL};
 use crate::sweep::sweep;
@@ -51,6 +54,8 @@ pub struct CaptureRequest {
     pub scratch_dir: PathBuf,
     /// The most that it may take there.
     pub scratch_limit_bytes: u64,
+    /// Where the moment is to be that of other VMs too.
+    pub seat: Option<Seat>,
 }
 
 impl CaptureRequest {
@@ -67,6 +72,8 @@ pub struct Capture {
     pub moment: Timestamp,
     /// No earlier than the real one: no write that the guest began after it is in.
     pub moment_end: Timestamp,
+    /// What other VMs were fixed together with this one, if any were to be and did not go without it.
+    pub shared: Option<GroupMoment>,
     /// The disks as they were, in the order of the request.
     pub disks: Vec<CapturedDisk>,
     /// What it took.
@@ -260,6 +267,10 @@ async fn begin(
             Ok((capture, freeze))
         }
         Err(error) => {
+            // The others need not wait until all of it is undone.
+            if let Some(seat) = &request.seat {
+                seat.leave(&error.to_string());
+            }
             undo(Open { vm, scratch: Arc::new(scratch), _changing: changing }, &request).await;
             Err(error)
         }
@@ -337,6 +348,9 @@ async fn fix(
     scratch::attach(vm.qmp(), vm.names(), scratch, &request.disks).await?;
     durable_step("qemu::scratch::attached");
     let prepare = started.elapsed();
+    if let Some(seat) = &request.seat {
+        seat.pass(Door::Prepare).await;
+    }
     let transaction = fix_moment(vm, request);
     let (fixed, freeze) = match agent {
         None => (transaction.await, None),
@@ -346,21 +360,36 @@ async fn fix(
             (fixed, Some(freeze))
         }
     };
-    let (moment, moment_end, transaction) = fixed?;
+    let Fixed { moment, took: transaction, shared } = fixed?;
     let exporting = Instant::now();
     let disks = export(vm, request).await?;
     let timings = Timings { prepare, transaction, frozen: None, export: exporting.elapsed() };
     tracing::debug!(?timings, "a moment is fixed");
-    Ok((Capture { moment, moment_end, disks, timings, open: None }, freeze))
+    let moment_end = moment.plus(transaction);
+    Ok((Capture { moment, moment_end, shared, disks, timings, open: None }, freeze))
 }
 
-async fn fix_moment(vm: &Vm, request: &CaptureRequest) -> Result<(Timestamp, Timestamp, Duration), Error> {
+/// What a transaction came to.
+struct Fixed {
+    moment: Timestamp,
+    took: Duration,
+    shared: Option<GroupMoment>,
+}
+
+/// A guest that is frozen stays so until the other VMs of its moment are fixed, too.
+async fn fix_moment(vm: &Vm, request: &CaptureRequest) -> Result<Fixed, Error> {
     let actions = actions(vm, request);
+    if let Some(seat) = &request.seat {
+        seat.pass(Door::Freeze).await;
+    }
     let (before, clock) = (SystemTime::now(), Instant::now());
     bitmaps::transaction(vm.qmp(), actions).await?;
     let took = clock.elapsed();
-    let moment = Timestamp::from(before);
-    Ok((moment, moment.plus(took), took))
+    let shared = match &request.seat {
+        Some(seat) => seat.fixed(clock.into(), (clock + took).into()).await,
+        None => None,
+    };
+    Ok(Fixed { moment: Timestamp::from(before), took, shared })
 }
 
 /// The jobs come before the bitmaps. A job's action keeps its disk quiet until the transaction is over, so

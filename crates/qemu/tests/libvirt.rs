@@ -63,6 +63,7 @@ impl World {
             again: false,
             scratch_dir: self.path("meet"),
             scratch_limit_bytes: 64 << 20,
+            seat: None,
         }
     }
 

@@ -104,6 +104,8 @@ pub struct ReplicaStatus {
     pub generation: u64,
     /// The media that it waits for.
     pub media: Option<AwaitedMedia>,
+    /// The group that its primary has it in.
+    pub group: Option<model::GroupName>,
     /// Its failover, if it is failed over.
     pub failover: Option<FailoverStatus>,
 }
@@ -158,6 +160,10 @@ impl Pin {
     }
 }
 
+/// A point that stays where it is for as long as this is kept. It says nothing of whether it may be read.
+#[derive(Debug)]
+pub struct KeptPoint(#[allow(dead_code, reason = "it is kept")] Pin);
+
 impl Drop for Pin {
     fn drop(&mut self) {
         self.vm.lock().unpin(self.epoch, self.point.number);
@@ -166,6 +172,14 @@ impl Drop for Pin {
 }
 
 impl Store {
+    /// Keeps a point in place, whatever becomes of its VM meanwhile: for what has to happen at that of several VMs.
+    pub fn keep_point(&self, vm: VmId, point: LogNumber) -> Result<KeptPoint> {
+        let vm = self.vm(vm)?;
+        let mut state = vm.live()?;
+        let found = state.points.get(&point).copied().ok_or(Error::NoSuchPoint { vm: vm.id, point })?;
+        Ok(KeptPoint(Pin::new(self, &vm, &mut state, found)))
+    }
+
     /// The recovery points of a VM, oldest first.
     pub fn points(&self, vm: VmId) -> Result<Vec<PointInfo>> {
         Ok(self.vm(vm)?.live()?.points.values().copied().collect())
@@ -277,6 +291,7 @@ impl Store {
                     importing: self.staging().importing.contains(&row.name),
                 },
             ),
+            group: doc.group.as_ref().map(|group| group.name.clone()),
             failover: doc.failover.as_ref().map(|failover| FailoverStatus {
                 point: failover.point,
                 ready: failover.ready,

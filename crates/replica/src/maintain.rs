@@ -82,6 +82,7 @@ impl Store {
     }
 
     fn decide(&self, vm: &Vm) -> Result<Decision> {
+        self.note_shared(vm);
         let mut state = vm.live()?;
         self.expire_holds(&mut state)?;
         let now = self.now();
@@ -138,6 +139,7 @@ impl Store {
         let logs: Vec<LogNumber> = state.logs.keys().copied().collect();
         let pins: Vec<LogNumber> = state.pins.keys().copied().collect();
         let forwarded = state.marks_kept();
+        let shared: Vec<LogNumber> = state.shared.iter().copied().collect();
         let extra_hourly = state.row.doc.points;
         let plan = plan_retention(&RetentionInput {
             points: &points,
@@ -150,6 +152,7 @@ impl Store {
             pins: &pins,
             pinned: &state.pinned(),
             forwarded: &forwarded,
+            shared: &shared,
             held: base.stays(),
             extra_hourly,
             recent: if extra_hourly == 0 { 0 } else { self.inner.config.recent_points },
@@ -164,6 +167,7 @@ impl Store {
     /// Applies what retention lets, barrier or not; false if there was nothing to apply.
     pub(crate) fn apply_now(&self, vm: &Vm) -> Result<bool> {
         let _work = vm.work();
+        self.note_shared(vm);
         let job = {
             let mut state = vm.live()?;
             self.expire_holds(&mut state)?;

@@ -7,6 +7,7 @@
 use std::ops::RangeInclusive;
 
 use chain::RetentionPlan;
+use model::group::GroupMoment;
 use model::{LogNumber, PinnedPoint, PointInfo, PointName, PointRef, VmId, find_point};
 use steps::durable_step;
 
@@ -25,6 +26,8 @@ pub struct ShownPoint {
     pub pinned: Option<PinnedPoint>,
     /// The bytes of logs that are there only for this pin.
     pub pin_bytes: u64,
+    /// The moment of the VM's group that it is of.
+    pub moment: Option<GroupMoment>,
 }
 
 /// A run of logs.
@@ -127,6 +130,7 @@ impl Store {
                 .filter(|(pin, _)| *pin == point.number)
                 .map(|(_, logs)| run(&state, logs.clone()).bytes)
                 .sum(),
+            moment: state.moment_of(point).cloned(),
         });
         Ok(shown.collect())
     }
@@ -134,6 +138,7 @@ impl Store {
     /// What retention would do now, without doing it.
     pub fn retention_plan(&self, vm: VmId) -> Result<ShownPlan> {
         let vm = self.vm(vm)?;
+        self.note_shared(&vm);
         let state = vm.live()?;
         let (plan, through) = self.plan(&state, self.now(), false);
         let waits_for = match &state.row.doc {

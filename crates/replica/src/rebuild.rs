@@ -8,6 +8,7 @@ use std::path::Path;
 
 use catalog::Catalog;
 use log::Header;
+use model::group::Group;
 use model::{
     Head, LogId, LogNumber, Phase, PinnedPoint, PointInfo, Progress, ResyncReason, Timestamp, VmId, VmName,
     Window, phase_after,
@@ -41,6 +42,8 @@ struct Description {
     /// The points that people have pinned. One too many here does no harm, one too few would.
     #[serde(default)]
     pinned: Vec<PinnedPoint>,
+    #[serde(default)]
+    group: Option<Group>,
 }
 
 /// Writes a VM's description into its folder, durably.
@@ -64,6 +67,7 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
         base_point: state.points.get(&doc.base.applied).copied(),
         applying: doc.applying.as_ref().map(|applying| applying.through),
         pinned: doc.pinned.clone(),
+        group: doc.group.clone(),
     };
     let text = serde_json::to_vec_pretty(&description).expect("plain values can be written as JSON");
     let folder = Folder { files: state.files.clone(), path: row.folder.clone() };
@@ -75,7 +79,8 @@ pub(crate) fn describe_row(row: &VmRow, state: &State) -> Result<()> {
 /// [`crate::Store::open`]. Gives the VMs that were found.
 ///
 /// What only the catalog knew is gone: which points had been dropped (they are shown again, their bytes are
-/// right), holds, which points were read (the next backups read everything), failovers, moved folders.
+/// right), holds, which points were read (the next backups read everything), failovers, moved folders, which moment of its
+/// group a point is of (points of one moment still say the same of when they were taken, to the microsecond).
 pub fn rebuild(catalog: &Catalog, config: &Config) -> Result<Vec<VmId>> {
     catalog.migrate("replica", rows::MIGRATIONS)?;
     let known: Vec<VmId> = rows::load_vms(catalog)?.into_iter().map(|row| row.vm).collect();
@@ -242,6 +247,7 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         pinned: Vec::new(),
         forwarded: Vec::new(),
         media: None,
+        group: description.group.clone(),
         measured: Window::beginning(now),
     }
 }

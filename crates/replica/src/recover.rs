@@ -87,6 +87,7 @@ impl Store {
         for log in rows::load_logs(self.catalog(), state.row.vm)? {
             state.logs.insert(log.number, ChainLog::new(log));
         }
+        state.moments = rows::load_moments(self.catalog(), state.row.vm)?;
         for point in rows::load_points(self.catalog(), state.row.vm)? {
             state.points.insert(point.number, point);
         }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use model::group::Group;
 use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Side, Timestamp, VmId, VmName, Window};
 use steps::durable_step;
 
@@ -39,6 +40,8 @@ pub struct Offer {
     pub generation: u64,
     /// The media that its initial replication comes on.
     pub media: Option<Awaited>,
+    /// The group that it is in.
+    pub group: Option<Group>,
 }
 
 /// Where a relationship stands here, for its primary.
@@ -119,10 +122,12 @@ impl Store {
         doc.withdrawn = false;
         doc.generation = offer.generation;
         doc.media = offer.media;
+        doc.group = offer.group;
         // Whoever offers is about to send: what failed before is no error that lasts.
         take_report(doc, offer.phase, None, offer.paused, self.now());
-        let described =
-            |row: &VmRow| (row.name.clone(), row.doc.interval_s, row.doc.points, row.doc.offered.clone());
+        let described = |VmRow { name, doc, .. }: &VmRow| {
+            (name.clone(), doc.interval_s, doc.points, doc.offered.clone(), doc.group.clone())
+        };
         let changed = described(&row) != described(&state.row);
         if row != state.row {
             durable_step("replica::offer::updating");
@@ -317,6 +322,7 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         pinned: Vec::new(),
         forwarded: Vec::new(),
         media: offer.media.clone(),
+        group: offer.group.clone(),
         measured: Window::beginning(now),
     }
 }

@@ -1,12 +1,14 @@
 //! What the catalog knows of each VM. A VM's row is one document beside a few columns: it is always read
 //! and written as a whole.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use catalog::column::{json, parsed, to_json};
 use catalog::{Catalog, Transaction, params, rusqlite};
 use log::{DiskInfo, Verified};
 use media::MediaKey;
+use model::group::{Group, GroupMoment};
 use model::{
     DiskName, Head, LogClass, LogId, LogNumber, MediaId, Phase, PinnedPoint, PointInfo, Progress, Purpose,
     ReplicaTally, Timestamp, VmId, VmName, Window,
@@ -46,6 +48,10 @@ CREATE TABLE replica_fences (
 ", "
 -- Where their disks are.
 ALTER TABLE replica_fences ADD COLUMN folder TEXT;
+-- Logs that make points of a moment of the VM's group; known before they are here.
+CREATE TABLE replica_moments (
+    vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
+    number INTEGER NOT NULL, id TEXT NOT NULL, moment TEXT NOT NULL, PRIMARY KEY (vm, number)) STRICT;
 "];
 
 /// A disk and its size, as the catalog keeps it.
@@ -189,6 +195,9 @@ pub(crate) struct VmDoc {
     /// The media that the initial replication comes on, until the primary has heard that they were imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media: Option<Awaited>,
+    /// The group that its primary has it in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Group>,
     /// The monitoring window. It changes only with what is written anyway.
     #[serde(default)]
     pub measured: Window<ReplicaTally>,
@@ -349,6 +358,37 @@ pub(crate) fn add_point(tx: &Transaction<'_>, vm: VmId, point: &PointInfo) -> ru
 pub(crate) fn remove_points(tx: &Transaction<'_>, vm: VmId, points: &[LogNumber]) -> rusqlite::Result<()> {
     let mut remove = tx.prepare_cached("DELETE FROM replica_points WHERE vm = ?1 AND number = ?2")?;
     points.iter().try_for_each(|point| remove.execute(params![vm.to_string(), point.0]).map(drop))
+}
+
+/// Writes down which moment of its VM's group a log is of.
+pub(crate) fn put_moment(
+    tx: &Transaction<'_>,
+    vm: VmId,
+    log: Head,
+    moment: &GroupMoment,
+) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT OR REPLACE INTO replica_moments VALUES (?1, ?2, ?3, ?4)",
+        params![vm.to_string(), clamp(log.number), log.id.to_string(), to_json(moment)],
+    )?;
+    Ok(())
+}
+
+pub(crate) fn remove_moments(tx: &Transaction<'_>, vm: VmId, logs: &[LogNumber]) -> rusqlite::Result<()> {
+    let mut remove = tx.prepare_cached("DELETE FROM replica_moments WHERE vm = ?1 AND number = ?2")?;
+    logs.iter().try_for_each(|log| remove.execute(params![vm.to_string(), clamp(*log)]).map(drop))
+}
+
+/// The moments of a VM's logs, by the logs' numbers.
+pub(crate) fn load_moments(catalog: &Catalog, vm: VmId) -> Result<BTreeMap<LogNumber, (LogId, GroupMoment)>> {
+    let query = "SELECT number, id, moment FROM replica_moments WHERE vm = ?1";
+    Ok(catalog.read(|c| {
+        c.prepare(query)?
+            .query_map([vm.to_string()], |row| {
+                Ok((LogNumber(row.get(0)?), (parsed(row, 1)?, json(row, 2)?)))
+            })?
+            .collect()
+    })?)
 }
 
 /// Forgets which points from `first` on were read: their bytes are lost, nothing can be told against them.

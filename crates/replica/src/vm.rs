@@ -5,7 +5,7 @@
 //! the catalog under it). Whoever holds `state` sees a chain that does not change, so the gate's answer
 //! and the pin that follows from it are one step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -13,7 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use chain::{CompactRule, FEW_LOGS};
 use files::File;
 use log::{Index, LogMeta};
-use model::{ApplyState, DiskName, Health, LogNumber, Phase, PointInfo, Timestamp, VmId};
+use model::group::GroupMoment;
+use model::{ApplyState, DiskName, Health, LogId, LogNumber, Phase, PointInfo, Timestamp, VmId};
 
 use crate::error::{Error, Result};
 use crate::folder::Folder;
@@ -41,6 +42,10 @@ pub(crate) struct State {
     pub files: Files,
     pub logs: BTreeMap<LogNumber, Arc<ChainLog>>,
     pub points: BTreeMap<LogNumber, PointInfo>,
+    /// What was announced of logs: the moment of the VM's group that each is of.
+    pub moments: BTreeMap<LogNumber, (LogId, GroupMoment)>,
+    /// The points that all members of the VM's group have, as last seen.
+    pub shared: BTreeSet<LogNumber>,
     pub holds: Vec<HoldRow>,
     pub apply: ApplyState,
     /// How many read each point; what a person pins is in the row.
@@ -103,6 +108,8 @@ impl State {
             files,
             logs: BTreeMap::new(),
             points: BTreeMap::new(),
+            moments: BTreeMap::new(),
+            shared: BTreeSet::new(),
             holds: Vec::new(),
             apply: ApplyState::Idle,
             pins: BTreeMap::new(),

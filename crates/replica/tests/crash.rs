@@ -27,6 +27,7 @@ const ELSEWHERE: &[&str] = &[
     "replica::hold::expir",
     "replica::measured::",
     "replica::migrate::giv",
+    "replica::moment::",
     "replica::offer::described",
     "replica::offer::updat",
     "replica::parent::",

@@ -98,6 +98,7 @@ impl Commands for Site {
             Request::Hold { vm, for_s } => self.hold(&vm, Duration::from_secs(for_s)).await,
             Request::Release { hold } => self.release(hold).await,
             Request::Failover(request) => self.failover(request, &reporter).await,
+            Request::Group(request) => self.group(request, &reporter).await,
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
@@ -172,7 +173,10 @@ impl Site {
     }
 
     /// The relationship after a command of the primary's side.
-    fn of_primary(&self, outcome: Result<primary::VmStatus, primary::Error>) -> Result<Value, Failure> {
+    pub(crate) fn of_primary(
+        &self,
+        outcome: Result<primary::VmStatus, primary::Error>,
+    ) -> Result<Value, Failure> {
         match outcome {
             Ok(status) => Ok(json!(VmView::of_primary(&status, now()))),
             Err(primary::Error::NoSuchVm(name)) if self.store.find(&name).is_some() => Err(Failure::new(
@@ -283,7 +287,7 @@ impl Site {
 
     async fn unprotect(&self, vm: &VmName) -> Result<Value, Failure> {
         let Some(id) = self.store.find(vm) else {
-            return self.of_primary(self.primary.unprotect(vm).await);
+            return self.unprotect_here(vm).await;
         };
         if let Some(extension) = self.extensions.get(vm) {
             let message = format!(

@@ -8,9 +8,9 @@ use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId, Newcomer, Offer,
-    OfferedMedia, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, TakeOver,
-    TakenOver, UploadState, WireEvent, codes,
+    Announced, ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId,
+    Newcomer, Offer, OfferedMedia, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report,
+    SiteInfo, TakeOver, TakenOver, UploadState, WireEvent, codes,
 };
 
 use crate::authority::{Authority, revoked};
@@ -95,6 +95,7 @@ fn offered(offer: Offer) -> replica::Offer {
         paused: offer.paused,
         generation: offer.generation,
         media: offer.media.map(|OfferedMedia { set, key, logs }| replica::Awaited { set, key, logs }),
+        group: offer.group,
     }
 }
 
@@ -151,7 +152,11 @@ impl Endpoint for SiteEndpoint {
 
     async fn report(&self, peer: &Peer, vm: VmId, report: Report) -> Result<(), Refused> {
         self.authority.check(peer, Act::Use, vm)?;
-        let Report { phase, error, paused } = report;
+        let Report { phase, error, paused, moment } = report;
+        if let Some(Announced { number, id, moment }) = moment {
+            let log = Head { number, id };
+            return self.store(peer, move |store, peer| store.announce(peer, vm, log, moment)).await;
+        }
         self.store(peer, move |store, peer| store.report(peer, vm, phase, error, paused)).await
     }
 

@@ -41,7 +41,13 @@ impl Site {
             FailoverRequest::Planned { vm, shut_down_s } => {
                 self.planned(&vm, shut_down_s.map(Duration::from_secs)).await
             }
-            FailoverRequest::Unplanned { vm, point, start } => self.unplanned(&vm, point, start).await,
+            FailoverRequest::Unplanned { vm, point, start } => {
+                let mut answer = self.unplanned(&vm, point).await?;
+                if start {
+                    answer["machine"] = self.start_vm(&vm, false).await?;
+                }
+                Ok(answer)
+            }
             FailoverRequest::Start { vm, only_show } => self.start_vm(&vm, only_show).await,
             FailoverRequest::Stop { vm, within_s } => {
                 let how = within_s.map_or(Stop::PullThePlug, |s| Stop::ShutDown(Duration::from_secs(s)));
@@ -50,6 +56,7 @@ impl Site {
             FailoverRequest::Cancel { vm } => self.cancel(&vm).await,
             FailoverRequest::Complete { vm, qmp } => self.complete(&vm, qmp, reporter).await,
             FailoverRequest::Reverse(reverse) => self.reverse(*reverse, reporter).await,
+            FailoverRequest::Group { group, what } => self.group_failover(&group, what, reporter).await,
         }
     }
 
@@ -67,12 +74,7 @@ impl Site {
         self.take_up_addresses();
     }
 
-    async fn unplanned(
-        self: &Arc<Self>,
-        vm: &VmName,
-        point: Option<PointRef>,
-        start: bool,
-    ) -> Result<Value, Failure> {
+    pub(crate) async fn unplanned(&self, vm: &VmName, point: Option<PointRef>) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         let point = points::point_or_newest(&self.store, id, point.as_ref())?;
         let disks = self.store.run(move |store| store.failover_begin(id, point.number)).await?;
@@ -83,15 +85,10 @@ impl Site {
             .collect();
         let what = format!("failed over to the point of {}", rfc3339(point.taken_at));
         self.events.note(Event::new("failover", what).vm(vm)).await;
-        let mut answer =
-            json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown });
-        if start {
-            answer["machine"] = self.start_vm(vm, false).await?;
-        }
-        Ok(answer)
+        Ok(json!({ "vm": vm, "point": point.id, "taken_at": rfc3339(point.taken_at), "disks": shown }))
     }
 
-    async fn cancel(&self, vm: &VmName) -> Result<Value, Failure> {
+    pub(crate) async fn cancel(&self, vm: &VmName) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
         // What it has written is dropped in any case. One that is final is not cancelled, and runs on.
         if self.store.status(id)?.failover.is_some_and(|failover| !failover.completing) {
@@ -103,7 +100,7 @@ impl Site {
         self.of_replica(id)
     }
 
-    async fn planned(&self, vm: &VmName, shut_down: Option<Duration>) -> Result<Value, Failure> {
+    pub(crate) async fn planned(&self, vm: &VmName, shut_down: Option<Duration>) -> Result<Value, Failure> {
         if self.store.find(vm).is_some() {
             let message = format!(
                 "{vm} is a replica here; a planned failover begins at the site where the VM runs, for nothing to be lost"
@@ -123,7 +120,7 @@ impl Site {
         )
     }
 
-    async fn complete(
+    pub(crate) async fn complete(
         self: &Arc<Self>,
         vm: &VmName,
         qmp: Option<PathBuf>,

@@ -28,6 +28,8 @@ pub enum Code {
     Catalog,
     /// No VM of that name here.
     NoSuchVm,
+    /// No group of that name here, or no such moment of one.
+    NoSuchGroup,
     /// Something of that name exists already.
     Exists,
     /// No peer of that name.
@@ -184,7 +186,8 @@ impl From<primary::Error> for Failure {
         let message = error.to_string();
         match error {
             primary::Error::NoSuchVm(_) => Self::new(Code::NoSuchVm, message),
-            primary::Error::Exists(_) => Self::new(Code::Exists, message),
+            primary::Error::NoSuchGroup(_) => Self::new(Code::NoSuchGroup, message),
+            primary::Error::Exists(_) | primary::Error::Taken(_) => Self::new(Code::Exists, message),
             primary::Error::Setting(_) => Self::new(Code::Usage, message),
             primary::Error::Failure(failure) => {
                 let code = match failure.code {

@@ -23,6 +23,7 @@ mod exports;
 mod extend;
 mod failover;
 mod failure;
+mod groups;
 mod identity;
 mod init;
 mod jobs;
@@ -52,8 +53,8 @@ pub use failure::{Code, Failure};
 pub use init::{Made, init};
 pub use primary::Changes;
 pub use request::{
-    BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, Line, Progress, Protect, Request,
-    Reverse, SeedRequest,
+    BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,
+    Progress, Protect, Request, Reverse, SeedRequest,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

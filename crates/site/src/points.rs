@@ -1,6 +1,7 @@
 //! Recovery points as commands show them and name them.
 
 use chain::KeptFor;
+use model::group::GroupMoment;
 use model::{LogNumber, PointInfo, PointRef, VmId};
 use replica::{LogRun, ShownPlan, ShownPoint, Store};
 use serde_json::{Value, json};
@@ -30,9 +31,17 @@ pub(crate) fn shown(store: &Store, vm: VmId) -> Result<Value, Failure> {
             "id": point.id, "number": point.number, "taken_at": rfc3339(point.taken_at),
             "consistency": point.consistency, "bytes": shown.log_bytes, "pinned": shown.pinned.is_some(),
             "name": shown.pinned.as_ref().and_then(|pin| pin.name.as_ref()), "pin_bytes": shown.pin_bytes,
+            "group": shown.moment.as_ref().map(|moment| &moment.group),
+            "moment": shown.moment.as_ref().map(|moment| moment.id),
+            "skew_ms": shown.moment.as_ref().map(skew_ms),
         })
     };
     Ok(json!({ "points": store.shown_points(vm)?.iter().map(one).collect::<Vec<_>>() }))
+}
+
+/// How far apart the points of a moment lie at the most, in milliseconds.
+pub(crate) fn skew_ms(moment: &GroupMoment) -> f64 {
+    moment.skew_us as f64 / 1e3
 }
 
 /// What retention would do now: each point, then what would become of logs.

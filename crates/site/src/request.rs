@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use boot::SignOfLife;
 use model::gate::Access;
-use model::{DiskName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, Wanted};
+use model::group::GroupMember;
+use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, Wanted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -206,6 +207,8 @@ pub enum Request {
     },
     /// Failover.
     Failover(FailoverRequest),
+    /// Groups of VMs.
+    Group(GroupRequest),
     /// Moves a replica's storage to another folder.
     Migrate {
         /// The VM.
@@ -295,6 +298,90 @@ pub enum FailoverRequest {
     },
     /// Replicates the other way.
     Reverse(Box<Reverse>),
+    /// The VMs of a group, together.
+    Group {
+        /// The group.
+        group: GroupName,
+        /// What to do with them.
+        what: GroupFailover,
+    },
+}
+
+/// What to do with the VMs of a group in a failover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GroupFailover {
+    /// Begins a test failover of each, all of one moment, in their order and with their delays.
+    Test {
+        /// The moment; the newest that all have if none is given.
+        point: Option<PointRef>,
+        /// VMs are started from it.
+        start: bool,
+    },
+    /// Ends all test failovers that were begun so.
+    EndTests,
+    /// At the primary's site: gives them, switched off, to their replicas' site.
+    Planned {
+        /// Each guest is asked to shut down, and waited for so many seconds.
+        shut_down_s: Option<u64>,
+    },
+    /// Starts from the replicas, all of one moment.
+    Unplanned {
+        /// The moment; the newest that all have if none is given.
+        point: Option<PointRef>,
+    },
+    /// Goes back to replicating.
+    Cancel,
+    /// Makes it final.
+    Complete,
+}
+
+/// What is asked of groups.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GroupRequest {
+    /// At the primary's site: makes one.
+    Create {
+        /// Its name.
+        group: GroupName,
+        /// Its VMs, in the order in which they are started.
+        members: Vec<GroupMember>,
+        /// The interval in seconds; the shortest of its VMs' if none is given.
+        every_s: Option<u64>,
+    },
+    /// Those there are, on either side.
+    List,
+    /// One of them.
+    Show {
+        /// Its name.
+        group: GroupName,
+    },
+    /// At the primary's site: ends one; its VMs stay protected.
+    Remove {
+        /// Its name.
+        group: GroupName,
+    },
+    /// At the replicas' site: its moments, and who has a point of each.
+    Points {
+        /// Its name.
+        group: GroupName,
+    },
+    /// At the primary's site: fixes a moment now, and waits until its points are at the replicas' site.
+    Sync {
+        /// Its name.
+        group: GroupName,
+    },
+    /// At the replicas' site: backs all up, at one moment.
+    Backup {
+        /// Its name.
+        group: GroupName,
+        /// The moment; the newest that all have if none is given.
+        point: Option<PointRef>,
+        /// The repository's name.
+        repository: String,
+        /// Give up at the first refusal.
+        no_retry: bool,
+    },
 }
 
 /// A VM that was failed over to this site is to be replicated from here.

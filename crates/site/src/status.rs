@@ -1,8 +1,8 @@
 //! Relationships as `status` shows them, from either side.
 
 use model::{
-    ApplyState, Assessment, Consistency, InitialStart, MayRun, Phase, Progress, ResyncPolicy, ResyncWord,
-    Timestamp, VmId,
+    ApplyState, Assessment, Consistency, GroupName, InitialStart, MayRun, Phase, Progress, ResyncPolicy,
+    ResyncWord, Timestamp, VmId,
 };
 use serde::Serialize;
 
@@ -41,6 +41,8 @@ pub struct VmView {
     pub interval_s: u64,
     /// Hourly points beside the latest.
     pub points: u8,
+    /// The group that it is in.
+    pub group: Option<GroupName>,
     /// The disks.
     pub disks: Vec<DiskView>,
     /// The side's own part.
@@ -241,6 +243,7 @@ impl VmView {
             last_point: status.last_point_at,
             interval_s: settings.interval.as_secs(),
             points: settings.points,
+            group: status.group.clone(),
             disks: status
                 .disks
                 .iter()
@@ -296,6 +299,7 @@ impl VmView {
             last_point,
             interval_s: status.interval_s,
             points: status.points_wanted,
+            group: status.group.clone(),
             disks: status
                 .disks
                 .iter()

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use boot::Instance;
-use model::{PointRef, Timestamp, VmName};
+use model::{GroupName, PointRef, Timestamp, VmName};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
@@ -28,6 +28,8 @@ pub(crate) struct Trials {
 
 struct Trial {
     vm: VmName,
+    /// It is one of several that were begun together.
+    group: Option<GroupName>,
     since: Timestamp,
     shown: Shown,
     instance: Option<Instance>,
@@ -51,8 +53,32 @@ impl Trials {
         point: Option<PointRef>,
         start: bool,
     ) -> Result<Value, Failure> {
+        let shown = self.show(&vm, point).await?;
+        self.take_up(checks, vm, None, shown, start).await
+    }
+
+    /// Shows the disks of one that is to be taken up.
+    pub async fn show(&self, vm: &VmName, point: Option<PointRef>) -> Result<Shown, Failure> {
         let what = Exported::Point { vm: vm.clone(), point };
-        let shown = self.exports.add(Export { what, writable: true }).await?;
+        self.exports.add(Export { what, writable: true }).await
+    }
+
+    /// Gives up what was shown, and never taken up.
+    pub async fn discard(&self, shown: Shown) {
+        if let Err(failure) = self.exports.remove(&shown.id).await {
+            tracing::warn!(export = shown.id, error = failure.message, "an export could not be ended");
+        }
+    }
+
+    /// Starts the VM, if so wished, from disks that are shown.
+    pub async fn take_up(
+        &self,
+        checks: &Checks,
+        vm: VmName,
+        group: Option<GroupName>,
+        shown: Shown,
+        start: bool,
+    ) -> Result<Value, Failure> {
         let instance = match start {
             true => match checks.start(&vm, &shown, self.folder(&shown.id)).await {
                 Ok(instance) => Some(instance),
@@ -64,7 +90,7 @@ impl Trials {
             },
             false => None,
         };
-        let mut trial = Trial { vm, since: now(), shown, instance };
+        let mut trial = Trial { vm, group, since: now(), shown, instance };
         let answer = trial.shown();
         self.open.lock().await.insert(trial.shown.id.clone(), trial);
         Ok(answer)
@@ -84,6 +110,19 @@ impl Trials {
         self.exports.remove(id).await?;
         remove(&self.folder(id))?;
         Ok(json!({ "ended": id, "vm": trial.vm }))
+    }
+
+    /// Ends all that were begun together.
+    pub async fn end_group(&self, group: &GroupName) -> Result<Value, Failure> {
+        let open = self.open.lock().await;
+        let of_group = open.iter().filter(|(_, trial)| trial.group.as_ref() == Some(group));
+        let ids: Vec<String> = of_group.map(|(id, _)| id.clone()).collect();
+        drop(open);
+        let mut ended = Vec::new();
+        for id in ids {
+            ended.push(self.end(&id).await?);
+        }
+        Ok(json!({ "group": group, "tests": ended }))
     }
 
     /// Those there are.
@@ -114,6 +153,7 @@ impl Trial {
         let running = self.instance.as_mut().is_some_and(Instance::is_running);
         shown["test"] = shown["export"].take();
         shown["vm"] = json!(self.vm);
+        shown["group"] = json!(self.group);
         shown["point"] = json!(self.shown.seen);
         shown["since"] = json!(rfc3339(self.since));
         shown["running"] = json!(running);

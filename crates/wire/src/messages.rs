@@ -1,6 +1,7 @@
 //! What two sites say to each other, as JSON. `docs/format/wire-v1.md` describes it for other programs.
 
 use media::MediaKey;
+use model::group::{Group, GroupMoment};
 use model::{
     DISK_BYTES_MAX, DiskName, LogId, LogNumber, MediaId, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName,
 };
@@ -32,6 +33,9 @@ pub struct Offer {
     /// How often the VM has changed its site for good, and one more.
     #[serde(default = "first_generation")]
     pub generation: u64,
+    /// The group that it is in, if it is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Group>,
     /// The initial replication comes on media.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media: Option<OfferedMedia>,
@@ -84,6 +88,13 @@ impl Offer {
         if !(1..=INTERVAL_MAX_S).contains(&self.interval_s) {
             return Err(format!("an interval of {} s is none; 1 to {INTERVAL_MAX_S}", self.interval_s));
         }
+        match &self.group {
+            Some(group) if !group.has(&self.vm_name) => {
+                return Err(format!("{} is not in its own group {}", self.vm_name, group.name));
+            }
+            Some(group) => group.check()?,
+            None => {}
+        }
         Ok(())
     }
 
@@ -103,6 +114,9 @@ impl Report {
             tidy(error);
         }
         tidy_phase(&mut self.phase);
+        if let Some(announced) = &mut self.moment {
+            announced.moment.tidy();
+        }
     }
 }
 
@@ -165,6 +179,21 @@ pub struct Report {
     pub error: Option<String>,
     /// A person has paused it.
     pub paused: bool,
+    /// The log that is arriving makes a point of a moment of the VM's group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moment: Option<Announced>,
+}
+
+/// A log that makes a point which a group's other VMs have, too. It is told before the log has ended, so that there is
+/// never such a point of which that is not known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announced {
+    /// The log's number.
+    pub number: LogNumber,
+    /// Its id.
+    pub id: LogId,
+    /// The moment.
+    pub moment: GroupMoment,
 }
 
 /// A primary whose VM is off gives it to the replica's site: everything is there.

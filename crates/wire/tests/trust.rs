@@ -26,7 +26,8 @@ async fn peers_agree_on_a_relationship_and_compare_disks() {
     assert_eq!((status.durable, status.durable_id, status.refused), (LogNumber::ZERO, LogId::NONE, None));
     assert_eq!(server.site.state().vms[&vm(1)].offer, offer(vm(1)));
 
-    let report = Report { phase: Phase::Replicating, error: Some("no disk".to_owned()), paused: true };
+    let report =
+        Report { phase: Phase::Replicating, error: Some("no disk".to_owned()), paused: true, moment: None };
     client.report(vm(1), &report).await.unwrap();
     assert_eq!(server.site.state().vms[&vm(1)].report, Some(report));
 

@@ -78,6 +78,10 @@ pub enum Drive {
     Extend,
     /// and once more.
     ExtendedSync,
+    /// The VM is put into a group,
+    MakeGroup,
+    /// and a moment of it is fixed.
+    GroupMoment,
     /// An invite is made.
     Invite,
     /// An invite is used: at the site that made it,
@@ -114,6 +118,8 @@ use Drive::*;
 
 /// What the pinned point is called.
 const PINNED: &str = "kept-for-now";
+/// And the group.
+const GROUP: &str = "shop";
 /// As long as holds are made for, and a little more.
 const LEASE: Duration = Duration::from_millis(3200);
 
@@ -153,6 +159,8 @@ impl Drive {
             MeasuredHere | MeasuredThere => "measurements --reset",
             Extend => "extend",
             ExtendedSync => "a cycle of an extension",
+            MakeGroup => "group create",
+            GroupMoment => "sync --group",
             Invite => "peer invite",
             Admit | Accept => "peer accept",
             RemovePeer => "peer remove",
@@ -198,6 +206,7 @@ impl Drive {
             Remove => pair.branch.ok(&["unprotect", VM]).map(drop),
             Cancel => pair.head.ok(&["failover", "unplanned", VM]).map(drop),
             Unpin => pair.head.ok(&["pin", VM, "latest", "--name", PINNED]).map(drop),
+            GroupMoment => pair.branch.ok(&["group", "create", GROUP, VM]).map(drop),
             Adopt => pair.die_first("replica::receive::folders", Sync),
             Rewrite => pair.die_first("replica::apply::flushed", Sync),
             EndMove => pair.die_first("replica::migrate::copied", Migrate),
@@ -329,6 +338,12 @@ impl Drive {
                 branch.run(&["sync", VM])?;
                 order(head, &["sync", VM])
             }
+            MakeGroup => order(branch, &["group", "create", GROUP, VM]),
+            GroupMoment => {
+                // A VM whose last cycle has failed takes part again when one has ended well.
+                branch.ok(&["sync", VM])?;
+                order(branch, &["sync", "--group", GROUP])
+            }
             Invite => order(head, &["peer", "invite", "somebody"]),
             Admit | Accept => {
                 let invite = head.ok(&["peer", "invite", "branch"])?;
@@ -431,6 +446,12 @@ impl Drive {
                 }
                 pair.head.invite(&pair.branch)?;
                 pair.branch.ok(&["resume", VM]).map(drop)
+            }
+            MakeGroup | GroupMoment => {
+                // There is one or not: in the end there is none.
+                let removed = pair.branch.run(&["group", "remove", GROUP])?;
+                let fine = removed.status == 0 || removed.code() == Some("no-such-group");
+                if fine { Ok(()) } else { Err(trouble(format!("{removed:?}"))) }
             }
             Extend | ExtendedSync => pair.end_extension(),
             TakeOver => {

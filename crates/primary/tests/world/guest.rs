@@ -8,9 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use model::{DiskName, LogNumber, ResyncReason, Timestamp, Tracking};
 use nbd::DirtyExtent;
-use primary::ports::{self, AgentAddress, CaptureRequest, DiskReader, Ports, Which};
+use primary::ports::{self, AgentAddress, CaptureRequest, DiskReader, Door, GroupMoment, Ports, Which};
 use primary::{Failure, FailureCode, KnownDisk};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::World;
 
@@ -176,7 +177,20 @@ impl Guest {
         state.vm.moments.insert(moment, data);
         state.vm.captures += 1;
         drop(state);
-        Ok(Capture { world: self.world.clone(), boot: self.boot, moment, readers })
+        Ok(Capture { world: self.world.clone(), boot: self.boot, moment, shared: None, readers })
+    }
+}
+
+impl Guest {
+    /// Waits for the others of its group first, if it is in one.
+    async fn fix_together(&self, request: &CaptureRequest<'_, KnownDisk>) -> Result<Capture, Failure> {
+        let Some(seat) = request.seat.clone() else { return self.fix(request) };
+        seat.pass(Door::Prepare).await;
+        seat.pass(Door::Freeze).await;
+        let start = Instant::now();
+        let mut capture = self.fix(request)?;
+        capture.shared = seat.fixed(start, Instant::now()).await;
+        Ok(capture)
     }
 }
 
@@ -265,7 +279,7 @@ impl ports::Guest for Guest {
     }
 
     async fn begin_capture(&self, request: CaptureRequest<'_, KnownDisk>) -> Result<Capture, Failure> {
-        self.fix(&request)
+        self.fix_together(&request).await
     }
 
     async fn begin_capture_frozen(
@@ -273,7 +287,7 @@ impl ports::Guest for Guest {
         request: CaptureRequest<'_, KnownDisk>,
         _agent: &AgentAddress,
     ) -> Result<(Capture, Result<(), String>), Failure> {
-        let capture = self.fix(&request)?;
+        let capture = self.fix_together(&request).await?;
         Ok((capture, self.world.lock().vm.restless.clone().map_or(Ok(()), Err)))
     }
 
@@ -328,6 +342,7 @@ pub struct Capture {
     world: World,
     boot: u32,
     moment: Timestamp,
+    shared: Option<GroupMoment>,
     readers: Vec<Reader>,
 }
 
@@ -345,6 +360,10 @@ impl ports::Capture for Capture {
 
     fn moment(&self) -> Timestamp {
         self.moment
+    }
+
+    fn shared(&self) -> Option<GroupMoment> {
+        self.shared.clone()
     }
 
     async fn readers(&self) -> Result<Vec<Reader>, Failure> {

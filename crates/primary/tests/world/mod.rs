@@ -13,7 +13,7 @@ use catalog::Catalog;
 use model::{CycleBackoff, HealthThresholds, Timestamp, VmId};
 use primary::ports::Ports;
 use primary::{
-    Compress, Config, Failure, FailureCode, Monitor, ProtectRequest, Relationship, Settings, Shared,
+    Compress, Config, Failure, FailureCode, Monitor, Primary, ProtectRequest, Relationship, Settings, Shared,
 };
 use tokio::time::Instant;
 
@@ -50,6 +50,13 @@ impl World {
     /// A primary over this world, with what the catalog remembers of earlier ones.
     pub fn primary(&self, catalog: &Path) -> Arc<Shared<World>> {
         Shared::open(Catalog::open(catalog).unwrap(), config(), self.clone()).unwrap()
+    }
+
+    /// A whole primary's side over this world.
+    pub fn site(&self, catalog: &Path) -> Primary<World> {
+        let site = Primary::open(Catalog::open(catalog).unwrap(), config(), self.clone()).unwrap();
+        site.start().unwrap();
+        site
     }
 
     /// The relationship as it is after the primary has been started again.

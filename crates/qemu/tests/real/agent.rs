@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qemu::{AgentAddress, AgentError, FreezeLimits, GuestAgent, thaw_if_frozen};
+use model::MomentId;
+use qemu::{AgentAddress, AgentError, FreezeLimits, GuestAgent, Meeting, thaw_if_frozen};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -22,6 +23,8 @@ struct Guest {
     /// Takes the freeze and never answers it.
     hangs: bool,
     log: Vec<String>,
+    /// What became of it and of others, in the order in which it did.
+    story: Arc<Mutex<Vec<&'static str>>>,
 }
 
 type Shared = Arc<Mutex<Guest>>;
@@ -74,12 +77,16 @@ fn answer(command: &Value, guest: &mut Guest) -> Option<Vec<u8>> {
         }
         "guest-fsfreeze-freeze" => {
             guest.frozen = guest.file_systems > 0 && !guest.wakes;
+            guest.story.lock().unwrap().push("frozen");
             if guest.hangs {
                 return None;
             }
             json!(guest.file_systems)
         }
         "guest-fsfreeze-thaw" => {
+            if guest.frozen {
+                guest.story.lock().unwrap().push("thawed");
+            }
             json!(if std::mem::take(&mut guest.frozen) { guest.file_systems } else { 0 })
         }
         "guest-fsfreeze-status" => json!(if guest.frozen { "frozen" } else { "thawed" }),
@@ -196,4 +203,59 @@ async fn a_moment_is_fixed_inside_the_freeze_or_without_it() {
     assert!(vm.begin_capture_frozen(resized, &agent).await.is_err());
     assert!(!is_frozen(&state) && leftovers(vm.qmp()).await.is_empty());
     assert!(state.lock().unwrap().log.contains(&"guest-fsfreeze-thaw".to_owned()));
+}
+
+#[tokio::test]
+async fn all_guests_of_a_moment_are_frozen_before_the_first_is_fixed_and_thawed_after_the_last() {
+    let story = Arc::<Mutex<Vec<&'static str>>>::default();
+    let (db, web) = (daemon(&[]).await, daemon(&[]).await);
+    let agent = |dir: &Path| {
+        let (socket, _) = guest(dir, Guest { file_systems: 1, story: story.clone(), ..Guest::default() });
+        AgentAddress::Socket(socket)
+    };
+    let agents = [agent(db.dir.path()), agent(web.dir.path())];
+    let (vms, names) = ([db.vm().await, web.vm().await], ["db".parse().unwrap(), "web".parse().unwrap()]);
+    let disks = [vms[0].disks().await.unwrap(), vms[1].disks().await.unwrap()];
+    let meet = |id: u8| {
+        let (id, group) = (MomentId::from_bytes([id; 16]), "shop".parse().unwrap());
+        Meeting::open(id, group, names.to_vec(), Vec::new(), true)
+    };
+
+    let (meeting, seats) = meet(1);
+    let mut requests = [db.request(&disks[0], None, 1), web.request(&disks[1], None, 1)];
+    for (request, seat) in requests.iter_mut().zip(seats) {
+        request.seat = Some(seat);
+    }
+    let [one, other] = requests;
+    let (one, other, seen) = tokio::join!(
+        vms[0].begin_capture_frozen(one, &agents[0]),
+        vms[1].begin_capture_frozen(other, &agents[1]),
+        meeting.outcome(),
+    );
+    let ((one, one_frozen), (other, other_frozen)) = (one.unwrap(), other.unwrap());
+    assert!(one_frozen.is_ok() && other_frozen.is_ok());
+    assert_eq!(*story.lock().unwrap(), ["frozen", "frozen", "thawed", "thawed"]);
+    assert_eq!((one.shared.as_ref(), other.shared.as_ref()), (Some(&seen), Some(&seen)));
+    assert!(seen.is_whole() && seen.members == names, "{seen:?}");
+    println!("{seen:?}");
+    vms[0].end_reading(one).await.unwrap();
+    vms[1].end_reading(other).await.unwrap();
+
+    // One whose transaction is refused leaves, and the other has its moment without it.
+    let (_, seats) = meet(2);
+    let mut requests = [db.request(&disks[0], Some(1), 2), web.request(&disks[1], Some(1), 2)];
+    for (request, seat) in requests.iter_mut().zip(seats) {
+        request.seat = Some(seat);
+    }
+    requests[1].disks[1].block_node = "none".into();
+    let [one, other] = requests;
+    let (one, other) = tokio::join!(
+        vms[0].begin_capture_frozen(one, &agents[0]),
+        vms[1].begin_capture_frozen(other, &agents[1]),
+    );
+    let (one, frozen) = one.unwrap();
+    assert!(other.is_err() && frozen.is_ok());
+    let shared = one.shared.clone().unwrap();
+    assert_eq!((&shared.members[..], &shared.missing[0].vm), (&names[..1], &names[1]));
+    vms[0].end_reading(one).await.unwrap();
 }

@@ -82,6 +82,7 @@ impl Process {
             again: false,
             scratch_dir: self.path("scratch"),
             scratch_limit_bytes: 64 * MIB,
+            seat: None,
         }
     }
 

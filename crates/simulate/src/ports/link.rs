@@ -215,6 +215,7 @@ fn to_store(offer: &Offer) -> replica::Offer {
         paused: offer.paused,
         generation: offer.generation,
         media: None,
+        group: offer.group.clone(),
     }
 }
 
@@ -234,7 +235,8 @@ impl Remote for SimRemote {
     }
 
     async fn report(&self, vm: VmId, report: &Report) -> Result<(), Failure> {
-        let Report { phase, error, paused } = report.clone();
+        // No world has a group: nothing is announced.
+        let Report { phase, error, paused, .. } = report.clone();
         let call: Call<()> =
             Arc::new(move |store| store.report(PRIMARY, vm, phase.clone(), error.clone(), paused));
         self.call(call).await
