@@ -37,6 +37,9 @@ struct Arguments {
     /// The size of the realistic image in GiB.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1024))]
     image_gib: u64,
+    /// The size of the disk of the part `resync` in GiB; it takes a little more than twice of that.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    resync_gib: u64,
     /// How many VMs the part `scale` protects, one count after the other.
     #[arg(long, value_delimiter = ',', default_value = "1,10,100,1000")]
     vms: Vec<usize>,
@@ -74,6 +77,8 @@ enum Part {
     Guest,
     /// An unplanned failover of a 100 GiB disk with a thousand logs that are not folded in.
     Failover,
+    /// A resynchronization after a kill of QEMU, beside cat of both images.
+    Resync,
     /// How many VMs one site takes at an interval of 30 s.
     Scale,
 }
@@ -94,6 +99,7 @@ impl Part {
             Self::Io => parts::io::run(arguments, table),
             Self::Guest => parts::guest::run(arguments, table),
             Self::Failover => parts::failover::run(arguments, table),
+            Self::Resync => parts::resync::run(arguments, table),
             Self::Scale => parts::scale::run(arguments, table),
         }
     }
@@ -117,6 +123,7 @@ impl Part {
             Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("rsync", "rsync"), ("time", "time")],
             Self::Apply => &[("dd", "coreutils"), ("time", "time")],
             Self::Io | Self::Scale => &[],
+            Self::Resync => &[("cmp", "diffutils"), ("time", "time")],
             Self::Failover => &[("qemu-io", "qemu-utils"), ("qemu-img", "qemu-utils")],
             Self::Guest => &[("fio", "fio")],
         }
@@ -131,6 +138,7 @@ impl Part {
             Self::Replicate => 2 * image_gib + 14,
             Self::Apply | Self::Io | Self::Failover => 8,
             Self::Guest => 20,
+            Self::Resync => 48,
             Self::Scale => 24,
         }
     }

@@ -237,6 +237,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Stops cycles; the VM goes on tracking changes.
     pub async fn pause(&mut self) -> Result<(), Failure> {
+        self.check_is_ours()?;
         self.set_paused(true).await
     }
 

@@ -127,6 +127,10 @@ impl Site {
         reporter: &Reporter,
     ) -> Result<Value, Failure> {
         let id = self.replica(vm)?;
+        if self.store.status(id)?.failover.is_none() {
+            let message = format!("{vm} is not failed over; there is nothing to complete");
+            return Err(Failure::new(Code::Failover, message));
+        }
         self.store.run(move |store| store.failover_complete(id)).await?;
         self.events.note(Event::new("failover-completed", "the failover was completed").vm(vm)).await;
         self.watch_completion(id);
@@ -203,6 +207,21 @@ impl Site {
 
     async fn reverse(self: &Arc<Self>, reverse: Reverse, reporter: &Reporter) -> Result<Value, Failure> {
         let Reverse { vm, qmp, nbd, to, every_s, guest_agent } = reverse;
+        let completing = self.store.find(&vm);
+        if let Some(id) = completing {
+            let completing = self.store.status(id)?.failover.is_some_and(|failover| failover.completing);
+            if !completing {
+                let message = format!(
+                    "{vm} is not failed over for good; run 'afterimage failover complete {vm}' first: until then it can be cancelled"
+                );
+                return Err(Failure::new(Code::Failover, message));
+            }
+        } else if self.store.fence_of_name(&vm)?.is_none() {
+            let message = format!(
+                "{vm} was never failed over to this site; 'afterimage protect' begins to protect a VM"
+            );
+            return Err(Failure::new(Code::NoSuchVm, message));
+        }
         let agent = self.live(&vm).agent();
         let guest_agent = guest_agent.or_else(|| qmp.is_none().then_some(agent));
         let qmp = qmp.or_else(|| self.live_monitor(&vm)).ok_or_else(|| {
@@ -211,22 +230,11 @@ impl Site {
             );
             Failure::new(Code::Usage, message)
         })?;
-        if let Some(id) = self.store.find(&vm) {
-            let completing = self.store.status(id)?.failover.is_some_and(|failover| failover.completing);
-            if !completing {
-                let message = format!(
-                    "{vm} is not failed over for good; run 'afterimage failover complete {vm}' first: until then it can be cancelled"
-                );
-                return Err(Failure::new(Code::Failover, message));
-            }
+        if let Some(id) = completing {
             self.bring_to_its_end(id, &vm, &qmp, reporter).await?;
         }
-        let Some(fence) = self.store.fence_of_name(&vm)? else {
-            let message = format!(
-                "{vm} was never failed over to this site; 'afterimage protect' begins to protect a VM"
-            );
-            return Err(Failure::new(Code::NoSuchVm, message));
-        };
+        // Raised with the end of the failover.
+        let fence = self.store.fence_of_name(&vm)?.ok_or_else(|| crate::commands::no_such_vm(&vm))?;
         let (peer, interval_s, points) = fence.replicated;
         let peer = to.unwrap_or(peer);
         self.end_extension(fence.vm, &vm, &peer).await?;

@@ -18,7 +18,9 @@ pub(crate) fn point_or_newest(
     match wanted {
         Some(wanted) => Ok(store.find_point(vm, wanted)?),
         None => store.points(vm)?.last().copied().ok_or_else(|| {
-            Failure::new(Code::NoSuchPoint, "there is no recovery point yet; 'afterimage status' says why")
+            let vm = store.name(vm).map_or_else(|| vm.to_string(), String::from);
+            let message = format!("{vm} has no recovery point yet; 'afterimage status {vm}' says why");
+            Failure::new(Code::NoSuchPoint, message)
         }),
     }
 }

@@ -7,6 +7,7 @@ pub mod failover;
 pub mod guest;
 pub mod io;
 pub mod replicate;
+pub mod resync;
 pub mod scale;
 pub mod sparse;
 
