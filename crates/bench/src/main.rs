@@ -239,6 +239,6 @@ mod tests {
         Arguments::command().debug_assert();
         let arguments = Arguments::parse_from(["bench", "sparse", "backup", "--runs", "3"]);
         assert_eq!(arguments.chosen(), [Part::Backup, Part::Sparse]);
-        assert_eq!(Arguments::parse_from(["bench"]).chosen().len(), 10);
+        assert_eq!(Arguments::parse_from(["bench"]).chosen(), Part::value_variants());
     }
 }

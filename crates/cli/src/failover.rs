@@ -154,7 +154,7 @@ fn machine(answer: &Value) -> String {
 fn networks(answer: &Value) -> String {
     let networks = list(&answer["networks"]).iter().map(|card| {
         let (mac, network, to) = (text(&card["mac"]), text(&card["network"]), text(&card["to"]));
-        match &*to {
+        match to {
             "none" => format!(
                 "  network  {mac}: no cable; name what '{network}' is here under [networks] of config.toml"
             ),
