@@ -132,9 +132,6 @@ fn a_guest_moves_to_the_other_site_and_back_and_loses_nothing() {
         "[networks]\nlan = \"user\"\n[[ip]]\nmac = \"{MAC}\"\naddresses = [\"192.0.2.7/24\"]\ngateway = \"192.0.2.1\"\n"
     );
     text.write_all(settings.as_bytes()).unwrap();
-    world.head.stop();
-    world.head.configure(&[("# accelerator = \"tcg\"", "accelerator = \"tcg\"")]).unwrap();
-    world.head.serve().unwrap();
 
     println!("a replica is not started outside a failover:");
     let refused = world.head.run(&["failover", "start", VM]).unwrap();
@@ -187,9 +184,6 @@ fn a_guest_moves_to_the_other_site_and_back_and_loses_nothing() {
 fn a_guest_started_from_an_unplanned_failover_goes_on_without_the_site() {
     let mut world = World::new(|_| Vec::new());
     world.machine_file();
-    world.head.stop();
-    world.head.configure(&[("# accelerator = \"tcg\"", "accelerator = \"tcg\"")]).unwrap();
-    world.head.serve().unwrap();
     world.branch.ok(&["sync", VM]).unwrap();
     world.guest.kill();
     world.branch.kill();
