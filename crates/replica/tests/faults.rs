@@ -303,6 +303,22 @@ fn a_lost_base_is_said_too() {
     bench.resynchronize(&site);
 }
 
+/// Threads of a store that was dropped may have its catalog open for a moment; at their end they would remove the
+/// write-ahead log of the one that is made in its place.
+fn wait_until_closed(catalog: &Path) {
+    let is_open = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|file| file == catalog)
+    };
+    for _ in 0..6000 {
+        if !is_open() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{} is still open a minute after its store was dropped", catalog.display());
+}
+
 #[test]
 fn a_lost_catalog_is_made_again_from_the_files() {
     let mut bench = bench();
@@ -322,6 +338,7 @@ fn a_lost_catalog_is_made_again_from_the_files() {
     let before = site.store.status(VM).unwrap();
     assert_eq!((before.applied, before.pinned), (LogNumber(4), 1), "the base stays at the pinned point");
     drop(site);
+    wait_until_closed(&bench.dir.path().join("catalog.sqlite"));
     for name in ["catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"] {
         let _ = fs::remove_file(bench.dir.path().join(name));
     }
