@@ -118,19 +118,16 @@ impl IpSettings {
             [&["netsh", "interface", family], words].concat().into_iter().map(Into::into).collect()
         };
         let mut commands = Vec::new();
-        let mut is_first = true;
-        for cidr in &self.addresses {
+        // The first one of IPv4 takes the place of DHCP and of what was set before.
+        let first = self.addresses.iter().position(|cidr| cidr.address.is_ipv4());
+        for (place, cidr) in self.addresses.iter().enumerate() {
             let text = cidr.to_string();
-            // The first one of IPv4 takes the place of DHCP and of what was set before.
-            let words: &[&str] = match (cidr.address.is_ipv4(), std::mem::take(&mut is_first)) {
-                (true, true) => &["set", "address", &name, "static", &text],
-                (true, false) => &["add", "address", &name, &text],
-                (false, first) => {
-                    is_first = first;
-                    &["add", "address", &name, &text]
+            commands.push(match first {
+                Some(first) if first == place => {
+                    netsh(&cidr.address, &["set", "address", &name, "static", &text])
                 }
-            };
-            commands.push(netsh(&cidr.address, words));
+                _ => netsh(&cidr.address, &["add", "address", &name, &text]),
+            });
         }
         if let Some(gateway) = self.gateway {
             let everywhere = if gateway.is_ipv4() { "0.0.0.0/0" } else { "::/0" };

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::process::Command;
 
 use crate::accelerator::{Accelerator, escaped};
@@ -140,19 +140,13 @@ pub(crate) fn command(order: &Order, port: Option<u16>) -> Result<Command, Error
     command.args(agent(files));
     command.args(firmware(machine.firmware, local, files)?);
     network(&mut command, sign, port);
-    if disks.iter().any(|disk| machine.bus(&disk.name) == Bus::Scsi) {
-        command.args(["-device", "virtio-scsi-pci,id=scsi"]);
-    }
-    for (place, disk) in disks.iter().enumerate() {
-        let node = json!({"driver": "nbd", "node-name": format!("disk{place}"), "export": disk.export,
+    let nodes = disks.iter().enumerate().map(|(place, disk)| {
+        let node = format!("disk{place}");
+        let told = json!({"driver": "nbd", "node-name": node, "export": disk.export,
             "server": {"type": "unix", "path": disk.socket}});
-        command.arg("-blockdev").arg(node.to_string());
-        let mut device = device(machine.bus(&disk.name), place, &format!("disk{place}"));
-        if local.kernel.is_none() {
-            device.push_str(&format!(",bootindex={place}"));
-        }
-        command.arg("-device").arg(device);
-    }
+        (&*disk.name, node, told)
+    });
+    command.args(self::disks(machine, local, nodes));
     command.args(&local.args);
     Ok(command)
 }
@@ -173,8 +167,29 @@ pub(crate) fn agent(files: &Files<'_>) -> Vec<String> {
     ["-device", "virtio-serial-pci", "-chardev", &socket, "-device", &port].map(Into::into).into()
 }
 
+/// The disks, each by its name, its node's name and its node; the one with the boot loader first.
+pub(crate) fn disks<'a>(
+    machine: &Machine,
+    local: &Local,
+    nodes: impl Iterator<Item = (&'a str, String, Value)>,
+) -> Vec<String> {
+    let (mut words, mut has_scsi) = (Vec::new(), false);
+    for (place, (name, node, told)) in nodes.enumerate() {
+        let bus = machine.bus(name);
+        if bus == Bus::Scsi && !std::mem::replace(&mut has_scsi, true) {
+            words.extend(["-device".into(), "virtio-scsi-pci,id=scsi".into()]);
+        }
+        let mut device = device(bus, place, &node);
+        if local.kernel.is_none() {
+            device.push_str(&format!(",bootindex={place}"));
+        }
+        words.extend(["-blockdev".into(), told.to_string(), "-device".into(), device]);
+    }
+    words
+}
+
 /// A disk's device.
-pub(crate) fn device(bus: Bus, place: usize, node: &str) -> String {
+fn device(bus: Bus, place: usize, node: &str) -> String {
     let device = match bus {
         Bus::Virtio => "virtio-blk-pci".to_owned(),
         Bus::Scsi => "scsi-hd,bus=scsi.0".to_owned(),

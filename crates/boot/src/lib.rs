@@ -30,7 +30,7 @@ pub use crate::accelerator::{Accelerator, works as kvm_works};
 pub use crate::address::{Cidr, GuestSystem, IpSettings};
 pub use crate::command::{BootDisk, Local, Order};
 pub use crate::error::Error;
-pub use crate::live::{Cabled, Live, LiveCommand, LiveDisk, LiveOrder};
+pub use crate::live::{Cabled, Live, LiveDisk, LiveOrder};
 pub use crate::machine::{Bus, Firmware, Kind, Machine, boot_rank};
 pub use crate::network::{Connection, Mac, NetworkMap, Nic, NicModel, connection};
 pub use crate::run::{Evidence, Instance, boot, end_leftover};

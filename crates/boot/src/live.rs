@@ -21,14 +21,14 @@ use nix::unistd::Pid;
 use qemu::Qmp;
 use serde_json::json;
 use tokio::process::Command;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use crate::accelerator::{Accelerator, escaped};
-use crate::command::{Files, Local, agent, board, device, firmware};
+use crate::command::{Files, Local, agent, board, disks, firmware};
 use crate::error::Error;
-use crate::machine::{Bus, Machine};
+use crate::machine::Machine;
 use crate::network::{Connection, Nic};
-use crate::run::process;
+use crate::run::{monitor_of, process};
 
 /// How long QEMU may take to have everything open, and a VM's plug to be pulled.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -76,13 +76,6 @@ pub struct LiveOrder {
     pub dir: PathBuf,
 }
 
-/// What starts a VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveCommand {
-    /// The program and its arguments.
-    pub words: Vec<String>,
-}
-
 /// The folder of a VM that runs here, or did.
 #[derive(Debug, Clone)]
 pub struct Live {
@@ -90,8 +83,8 @@ pub struct Live {
 }
 
 impl LiveOrder {
-    /// QEMU's command line: the owner's own, or one made of the definition.
-    pub async fn command(&self) -> Result<LiveCommand, Error> {
+    /// The program and its arguments: the owner's own, or one made of the definition.
+    pub async fn command(&self) -> Result<Vec<String>, Error> {
         let mut words = if self.local.command.is_empty() { self.made().await? } else { self.filled_in()? };
         let files = Files(&self.dir);
         words.extend(["-pidfile".into(), files.pid().display().to_string()]);
@@ -99,7 +92,7 @@ impl LiveOrder {
             let socket = socket(&Live::at(self.dir.clone()));
             words.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", escaped(&socket))]);
         }
-        Ok(LiveCommand { words })
+        Ok(words)
     }
 
     /// The owner's command line, with the disks' files in their places.
@@ -164,21 +157,13 @@ impl LiveOrder {
     }
 
     fn disk_words(&self) -> Vec<String> {
-        let mut words: Vec<String> = Vec::new();
-        if self.disks.iter().any(|disk| self.machine.bus(&disk.name) == Bus::Scsi) {
-            words.extend(["-device", "virtio-scsi-pci,id=scsi"].map(Into::into));
-        }
-        for (place, disk) in self.disks.iter().enumerate() {
+        let nodes = self.disks.iter().enumerate().map(|(place, disk)| {
             let node = node_name(&disk.name).unwrap_or_else(|| format!("disk{place}"));
             let told = json!({"driver": "qcow2", "node-name": node, "discard": "unmap",
                 "file": {"driver": "file", "filename": disk.path, "discard": "unmap"}});
-            let mut device = device(self.machine.bus(&disk.name), place, &node);
-            if self.local.kernel.is_none() {
-                device.push_str(&format!(",bootindex={place}"));
-            }
-            words.extend(["-blockdev".into(), told.to_string(), "-device".into(), device]);
-        }
-        words
+            (&*disk.name, node, told)
+        });
+        disks(&self.machine, &self.local, nodes)
     }
 }
 
@@ -268,7 +253,7 @@ impl Live {
     }
 
     /// Starts it; gives its process. What QEMU says against it is the error.
-    pub async fn start(&self, command: &LiveCommand) -> Result<i32, Error> {
+    pub async fn start(&self, command: &[String]) -> Result<i32, Error> {
         if let Some(process) = self.process() {
             return Err(Error::Runs { process });
         }
@@ -276,35 +261,20 @@ impl Live {
         self.forget_process()?;
         let said = Files(&self.dir).errors();
         let errors = File::create(&said).map_err(Error::io("make", &said))?;
-        let (program, arguments) = command.words.split_first().ok_or(Error::NoCommand)?;
+        let (program, arguments) = command.split_first().ok_or(Error::NoCommand)?;
         let mut starting = Command::new(program);
         // In a group of its own: who stops the site from its terminal does not mean the VM.
         starting.args(arguments).process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         let mut child =
             starting.spawn().map_err(|source| Error::Program { program: program.clone(), source })?;
-        let begun = Instant::now();
-        loop {
-            // It has everything open when its monitor answers.
-            if let Some(process) = self.process()
-                && let Ok(monitor) = Qmp::connect(&self.control(), PATIENCE).await
-                && monitor.run(qemu::Command::bare("query-status")).await.is_ok()
-            {
-                // Its end is collected whenever it comes, and by whoever is there then.
-                tokio::spawn(async move { child.wait().await });
-                return Ok(process);
-            }
-            let why = match timeout(LOOK, child.wait()).await {
-                Ok(Ok(status)) => status.to_string(),
-                Ok(Err(error)) => error.to_string(),
-                Err(_) if begun.elapsed() < PATIENCE => continue,
-                Err(_) => {
-                    let _ = child.kill().await;
-                    format!("it was not ready within {} s", PATIENCE.as_secs())
-                }
-            };
-            let said = fs::read_to_string(&said).unwrap_or_default();
-            return Err(Error::Ended { said: format!("{} ({why})", said.trim()) });
+        // It has everything open when its monitor answers.
+        if let Err(error) = monitor_of(&mut child, &self.control(), &said, PATIENCE).await {
+            let _ = child.kill().await;
+            return Err(error);
         }
+        // Its end is collected whenever it comes, and by whoever is there then.
+        tokio::spawn(async move { child.wait().await });
+        self.process().ok_or_else(|| Error::Ended { said: "it is gone again".into() })
     }
 
     /// Presses the power button, and waits for the guest to shut down.
@@ -396,7 +366,7 @@ mod tests {
     }
 
     async fn words(local: Local, definition: &Value) -> Vec<String> {
-        order(local, definition).command().await.unwrap().words
+        order(local, definition).command().await.unwrap()
     }
 
     fn has(words: &[String], option: &str, value: &str) -> bool {

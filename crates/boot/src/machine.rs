@@ -155,10 +155,14 @@ fn uuid(text: &str) -> Option<String> {
     (is_form && text.chars().any(|c| !matches!(c, '0' | '-'))).then(|| text.to_ascii_lowercase())
 }
 
-/// How likely a disk is the one to boot from, by its first sector: the least first. A BIOS tries one disk alone, and a VM
-/// does not tell which.
-#[must_use]
-pub fn boot_rank(first_sector: &[u8]) -> u8 {
+/// How likely a disk is the one to boot from: the least first, and last one whose first sector cannot be read. A BIOS tries
+/// one disk alone, and a VM does not tell which.
+pub fn boot_rank<E>(read_first_sector: impl FnOnce(&mut [u8]) -> Result<(), E>) -> u8 {
+    let mut sector = [0; 512];
+    read_first_sector(&mut sector).map_or(u8::MAX, |()| rank(&sector))
+}
+
+fn rank(first_sector: &[u8]) -> u8 {
     /// Where a boot sector's code ends and its partition table begins.
     const CODE_BYTES: usize = 440;
     let is_marked = first_sector.get(510..512) == Some(&[0x55, 0xaa]);
@@ -221,12 +225,13 @@ mod tests {
     #[test]
     fn a_disk_with_boot_code_comes_before_one_with_partitions_alone() {
         let mut sector = [0; 512];
-        assert_eq!((boot_rank(&sector), boot_rank(&[])), (2, 2));
+        assert_eq!((rank(&sector), rank(&[])), (2, 2));
+        assert_eq!(boot_rank(|_| Err(())), u8::MAX);
         sector[510..].copy_from_slice(&[0x55, 0xaa]);
-        assert_eq!(boot_rank(&sector), 1);
+        assert_eq!(rank(&sector), 1);
         sector[450] = 7; // a partition
-        assert_eq!(boot_rank(&sector), 1);
+        assert_eq!(rank(&sector), 1);
         sector[0] = 0xeb;
-        assert_eq!(boot_rank(&sector), 0);
+        assert_eq!(rank(&sector), 0);
     }
 }

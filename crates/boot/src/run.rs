@@ -79,30 +79,7 @@ impl Instance {
         let started = Instant::now();
         let mut child =
             command.spawn().map_err(|source| Error::Program { program: order.program.clone(), source })?;
-        let ended = |why: String| {
-            let said = std::fs::read_to_string(files.errors()).unwrap_or_default();
-            Error::Ended { said: format!("{} ({why})", said.trim()) }
-        };
-        // Its socket is there a moment before QEMU listens on it.
-        let qmp = loop {
-            let monitor = match files.qmp().exists() {
-                true => Some(Qmp::connect(&files.qmp(), MONITOR).await),
-                false => None,
-            };
-            let error = match monitor {
-                Some(Ok(qmp)) => break qmp,
-                Some(Err(error)) => Some(error),
-                None => None,
-            };
-            // A QEMU that ends closes its monitor first; what it said is the better reason.
-            if let Ok(Ok(status)) = timeout(STARTING, child.wait()).await {
-                return Err(ended(status.to_string()));
-            }
-            if started.elapsed() > MONITOR {
-                let why = format!("its monitor did not open within {} s", MONITOR.as_secs());
-                return Err(error.map_or_else(|| ended(why), Into::into));
-            }
-        };
+        let qmp = monitor_of(&mut child, &files.qmp(), &files.errors(), MONITOR).await?;
         let console = Console::new(&files.console()).map_err(Error::io("make", files.console()))?;
         Ok(Self { child, qmp, console, started, port, dir: order.dir.clone() })
     }
@@ -182,6 +159,38 @@ impl Instance {
         let files = Files(&self.dir);
         for socket in [files.qmp(), files.agent(), files.vnc(), files.pid()] {
             let _ = std::fs::remove_file(socket);
+        }
+    }
+}
+
+/// Waits until a QEMU that was just started answers at its monitor. If it ends before, what it `said` is the reason.
+pub(crate) async fn monitor_of(
+    child: &mut Child,
+    monitor: &Path,
+    said: &Path,
+    patience: Duration,
+) -> Result<Qmp, Error> {
+    let started = Instant::now();
+    let ended = |why: String| {
+        let said = std::fs::read_to_string(said).unwrap_or_default();
+        Error::Ended { said: format!("{} ({why})", said.trim()) }
+    };
+    loop {
+        // Its socket is there a moment before QEMU listens on it.
+        let error = match monitor.exists() {
+            true => match Qmp::connect(monitor, patience).await {
+                Ok(qmp) => return Ok(qmp),
+                Err(error) => Some(error),
+            },
+            false => None,
+        };
+        // A QEMU that ends closes its monitor first; what it said is the better reason.
+        if let Ok(Ok(status)) = timeout(STARTING, child.wait()).await {
+            return Err(ended(status.to_string()));
+        }
+        if started.elapsed() > patience {
+            let why = format!("its monitor did not open within {} s", patience.as_secs());
+            return Err(error.map_or_else(|| ended(why), Into::into));
         }
     }
 }

@@ -145,9 +145,10 @@ impl Exports {
         let mut shown = Vec::new();
         for (disk_name, disk) in disks {
             let disk = if export.writable { self.writable(&id, &disk_name, disk)? } else { disk };
-            let mut first_sector = [0; 512];
-            let is_read = disk.size_bytes() >= 512 && disk.read_at(0, &mut first_sector).is_ok();
-            let boot_rank = if is_read { boot::boot_rank(&first_sector) } else { u8::MAX };
+            let boot_rank = boot::boot_rank(|sector| match disk.size_bytes() >= sector.len() as u64 {
+                true => disk.read_at(0, sector),
+                false => Err(io::ErrorKind::UnexpectedEof.into()),
+            });
             let name = format!("{id}-{disk_name}");
             self.server.add(&name, disk).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
             shown.push(ShownDisk { name: disk_name, export: name, boot_rank });

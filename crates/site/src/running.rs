@@ -4,11 +4,10 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use boot::{Cabled, GuestSystem, IpSettings, Live, LiveCommand, LiveDisk, LiveOrder, Machine};
+use boot::{Cabled, GuestSystem, IpSettings, Live, LiveDisk, LiveOrder, Machine};
 use model::{VmId, VmName};
 use qemu::GuestAgent;
 use replica::FailoverDisk;
@@ -56,7 +55,7 @@ pub(crate) enum Stop {
 
 /// What is about to be started.
 struct Prepared {
-    command: LiveCommand,
+    command: Vec<String>,
     nics: Vec<Cabled>,
     addresses: Vec<IpSettings>,
 }
@@ -162,8 +161,12 @@ impl Site {
             );
             return Err(Failure::new(Code::Failover, message));
         }
-        let disks =
-            released.disks.into_iter().map(|disk| (rank_of_file(&disk.base), live_disk(disk))).collect();
+        // Its flat file is at rest below its layer.
+        let ranked = |disk: FailoverDisk| {
+            let rank = boot::boot_rank(|sector| File::open(&disk.base)?.read_exact(sector));
+            (rank, live_disk(disk))
+        };
+        let disks = released.disks.into_iter().map(ranked).collect();
         self.prepare(vm, live, &released.definition, disks).await
     }
 
@@ -247,20 +250,11 @@ impl Site {
 /// The disks of a failover, each with how likely the guest boots from it.
 fn ranked(store: &replica::Store, id: VmId) -> replica::Result<Vec<(u8, LiveDisk)>> {
     let view = store.failover_view(id)?;
-    let disks = store.failover_disks(id)?.into_iter().map(|disk| {
-        let mut sector = [0; 512];
-        let is_read = view.read_at(&disk.name, 0, &mut sector).is_ok();
-        let rank = if is_read { boot::boot_rank(&sector) } else { u8::MAX };
-        (rank, live_disk(disk))
-    });
+    let disks = store
+        .failover_disks(id)?
+        .into_iter()
+        .map(|disk| (boot::boot_rank(|sector| view.read_at(&disk.name, 0, sector)), live_disk(disk)));
     Ok(disks.collect())
-}
-
-/// The same of a disk whose flat file is at rest below its layer.
-fn rank_of_file(path: &Path) -> u8 {
-    let mut sector = [0; 512];
-    let is_read = File::open(path).and_then(|mut file| file.read_exact(&mut sector)).is_ok();
-    if is_read { boot::boot_rank(&sector) } else { u8::MAX }
 }
 
 fn live_disk(disk: FailoverDisk) -> LiveDisk {
@@ -276,16 +270,17 @@ impl Moved {
 fn shown(vm: &VmName, live: &Live, prepared: &Prepared) -> Value {
     let network =
         |cabled: &Cabled| json!({ "mac": cabled.nic.mac, "network": cabled.nic.network, "to": cabled.to });
+    let process = live.process();
     json!({
         "vm": vm,
-        "running": live.process().is_some(),
-        "process": live.process(),
+        "running": process.is_some(),
+        "process": process,
         "qmp": live.people(),
         "console": live.console(),
         "screen": live.screen(),
         "guest_agent": live.agent(),
         "networks": prepared.nics.iter().map(network).collect::<Vec<_>>(),
-        "command": prepared.command.words,
+        "command": prepared.command,
     })
 }
 
