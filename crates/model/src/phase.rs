@@ -137,7 +137,7 @@ impl fmt::Display for Transition {
     }
 }
 
-/// All changes of phase that there are; the diagram above draws them. Whoever makes another one has made a mistake.
+/// All changes of phase that there are; the diagram above draws them.
 pub const TRANSITIONS: &[Transition] = {
     const INITIAL: &str = "initial-replication";
     const REPLICATING: &str = "replicating";
@@ -179,7 +179,7 @@ pub const TRANSITIONS: &[Transition] = {
 impl Phase {
     /// What one side's entering of another phase is; none where it is the same one, further on.
     ///
-    /// Panics in a build with debug assertions if there is no such transition; in others it is for the caller to tell.
+    /// Panics in a build with debug assertions if there is no such transition: whoever makes one has made a mistake.
     #[must_use]
     pub fn transition(&self, next: &Self, side: Side) -> Option<Transition> {
         let change = Transition { side, from: self.name(), to: next.name() };

@@ -199,7 +199,7 @@ impl Store {
         }
         let mut row = state.row.clone();
         row.doc.failover = None;
-        set_phase(&mut row.doc, failover.before, self.now());
+        row.doc.phase = failover.before;
         row.doc.phase_since = failover.before_since;
         durable_step("replica::failover::cancelling");
         self.commit_row(&mut state, row)?;

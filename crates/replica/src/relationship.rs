@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use model::group::Group;
-use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Side, Timestamp, VmId, VmName, Window};
+use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName, Window};
 use steps::durable_step;
 
 use crate::completion::fresh_home;
@@ -344,8 +344,7 @@ fn take_report(doc: &mut VmDoc, phase: Phase, error: Option<String>, paused: boo
 
 /// Changes the phase; its age counts from when its kind changed, not from each step of a pass.
 pub(crate) fn set_phase(doc: &mut VmDoc, phase: Phase, now: Timestamp) {
-    if let Some(change) = doc.phase.transition(&phase, Side::Replica) {
-        tracing::info!(%change, "a replica enters another phase");
+    if doc.phase.name() != phase.name() {
         doc.phase_since = now;
     }
     doc.phase = phase;

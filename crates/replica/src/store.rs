@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use catalog::{Catalog, Transaction, rusqlite};
-use model::{LogNumber, Timestamp, VmId, VmName};
+use model::{LogNumber, Side, Timestamp, VmId, VmName};
 
 use crate::config::Config;
 use crate::error::{Error, Refused, Result};
@@ -185,6 +185,9 @@ impl Store {
             rows::save_vm(tx, &saved)?;
             beside(tx)
         })?;
+        if let Some(change) = state.row.doc.phase.transition(&row.doc.phase, Side::Replica) {
+            tracing::info!(vm = %row.name, %change, "a replica enters another phase");
+        }
         state.row = row;
         Ok(())
     }
