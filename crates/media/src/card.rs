@@ -11,7 +11,7 @@ pub const CARD_FILE: &str = "afterimage-media.json";
 const FORMAT: &str = "afterimage-media";
 const VERSION: u16 = 1;
 /// No card is longer, in bytes.
-const CARD_BYTES_MAX: usize = 4096;
+pub const CARD_BYTES_MAX: usize = 4096;
 
 /// Whose set a folder holds. It says nothing that is not in each file too; only it can be read with bare eyes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

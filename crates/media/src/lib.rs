@@ -22,7 +22,7 @@ mod key;
 mod open;
 mod seal;
 
-pub use card::{CARD_FILE, Card};
+pub use card::{CARD_BYTES_MAX, CARD_FILE, Card};
 pub use end::{END_FILE, End};
 pub use error::Error;
 pub use header::{HEADER_BYTES, Header, Kind};

@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use files::File;
-use media::{CARD_FILE, Card, END_FILE, End, HEADER_BYTES, Header, Kind, Opener, log_file, sealed_bytes};
+use media::{
+    CARD_BYTES_MAX, CARD_FILE, Card, END_FILE, End, HEADER_BYTES, Header, Kind, Opener, log_file,
+    sealed_bytes,
+};
 use model::{Head, LogNumber, MediaId, VmId, VmName};
 
 use crate::error::{Error, Refused, Result};
@@ -23,8 +26,6 @@ use crate::vm::read_exact;
 
 /// So much of a file is read at a time.
 const PIECE_BYTES: usize = 4 << 20;
-/// The longest card that is read, in bytes.
-const CARD_BYTES_MAX: u64 = 4096;
 
 /// What was imported.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,6 +173,14 @@ struct SetFolder {
     dir: PathBuf,
 }
 
+/// A file that was opened.
+struct Opened {
+    file: Arc<dyn File>,
+    len: u64,
+    /// What it begins with.
+    bytes: Vec<u8>,
+}
+
 /// The file of a log.
 struct LogFile {
     path: PathBuf,
@@ -190,16 +199,14 @@ impl SetFolder {
             );
             Error::from(Refused::lasting("media-none", message))
         };
-        let len = self.files.len(&path)?.ok_or_else(none)?;
-        let file = self.files.open_read(&path)?;
-        let mut bytes = vec![0; usize::try_from(len.min(CARD_BYTES_MAX + 1)).unwrap_or(0)];
-        read_exact(&*file, &path, &mut bytes, 0)?;
+        let Opened { bytes, .. } = self.begin(&path, CARD_BYTES_MAX + 1)?.ok_or_else(none)?;
         Card::decode(&bytes).map_err(|error| spoilt(&path, &error))
     }
 
     fn end(&self, card: Card, awaited: &Awaited) -> Result<End> {
         let path = self.dir.join(END_FILE);
-        let Some(len) = self.files.len(&path)? else {
+        let most = usize::try_from(End::file_bytes_max()).unwrap_or(usize::MAX);
+        let Some(Opened { len, bytes, .. }) = self.begin(&path, most)? else {
             let message = format!(
                 "the media in {} are not whole: {END_FILE} is missing; they are still being written ('afterimage status' at the other site tells how far), or not all files were brought",
                 self.dir.display()
@@ -209,22 +216,25 @@ impl SetFolder {
         if len > End::file_bytes_max() {
             return Err(spoilt(&path, &media::Error::TooLarge));
         }
-        let file = self.files.open_read(&path)?;
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        read_exact(&*file, &path, &mut bytes, 0)?;
         End::decode(&bytes, &awaited.key, card.set, card.vm).map_err(|error| spoilt(&path, &error))
+    }
+
+    /// Opens a file and reads what it begins with, no more than so much. None if it is not there.
+    fn begin(&self, path: &Path, bytes_max: usize) -> Result<Option<Opened>> {
+        let Some(len) = self.files.len(path)? else { return Ok(None) };
+        let file = self.files.open_read(path)?;
+        let mut bytes = vec![0; usize::try_from(len).map_or(bytes_max, |len| len.min(bytes_max))];
+        read_exact(&*file, path, &mut bytes, 0)?;
+        Ok(Some(Opened { file, len, bytes }))
     }
 
     /// Opens the file of a log, whose header must be that of its place.
     fn log(&self, card: Card, number: LogNumber) -> Result<LogFile> {
         let path = self.dir.join(log_file(number));
-        let Some(len) = self.files.len(&path)? else {
+        let Some(Opened { file, len, bytes }) = self.begin(&path, HEADER_BYTES)? else {
             let message = format!("{} is missing: bring all files of the set", path.display());
             return Err(Refused::lasting("media-missing", message).into());
         };
-        let file = self.files.open_read(&path)?;
-        let mut bytes = vec![0; usize::try_from(len.min(HEADER_BYTES as u64)).unwrap_or(0)];
-        read_exact(&*file, &path, &mut bytes, 0)?;
         let header = Header::decode(&bytes).map_err(|error| spoilt(&path, &error))?;
         header.check(Kind::Log, card.set, card.vm, number).map_err(|error| spoilt(&path, &error))?;
         Ok(LogFile { path, file, len, header })
