@@ -539,11 +539,11 @@ impl<R: Remote> Ledger for Rows<'_, R> {
             }
         } else {
             row.enter(phase_after(self.plan.purpose, makes_point, progress, &row.phase));
-        }
-        if makes_point && row.passes.media.is_none() {
-            row.point_at = Some(self.made.moment);
-            if self.made.consistency == Consistency::Application {
-                row.app_at = Some(self.made.moment);
+            if makes_point {
+                row.point_at = Some(self.made.moment);
+                if self.made.consistency == Consistency::Application {
+                    row.app_at = Some(self.made.moment);
+                }
             }
         }
         durable_step("primary::acked::saving");

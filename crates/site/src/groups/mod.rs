@@ -74,12 +74,7 @@ impl Site {
 
     async fn remove_group(&self, name: &GroupName) -> Result<Value, Failure> {
         let status = match self.primary.remove_group(name).await {
-            Err(primary::Error::NoSuchGroup(_)) => {
-                let found = self.replica_group(name)?;
-                let message =
-                    format!("group {name} is of VMs that run elsewhere; remove it at {}", found.peer);
-                return Err(Failure::new(Code::NoSuchGroup, message));
-            }
+            Err(primary::Error::NoSuchGroup(_)) => return Err(self.runs_elsewhere(name, "remove it")),
             removed => removed?,
         };
         let what = format!("group {name} is removed; {} are replicated each by itself", names(&status.group));
@@ -166,12 +161,7 @@ impl Site {
 
     async fn sync_group(&self, name: &GroupName) -> Result<Value, Failure> {
         let synced = match self.primary.sync_group(name).await {
-            Err(primary::Error::NoSuchGroup(_)) => {
-                let found = self.replica_group(name)?;
-                let message =
-                    format!("group {name} is of VMs that run elsewhere; run this at {}", found.peer);
-                return Err(Failure::new(Code::NoSuchGroup, message));
-            }
+            Err(primary::Error::NoSuchGroup(_)) => return Err(self.runs_elsewhere(name, "run this")),
             synced => synced?,
         };
         let mut moment = synced.moment;
@@ -234,6 +224,17 @@ impl Site {
             "group": name, "moment": moment.id, "taken_at": rfc3339(moment.at), "skew_ms": skew_ms(&moment),
             "backups": backups,
         }))
+    }
+
+    /// Why what is done where the VMs run cannot be done here.
+    fn runs_elsewhere(&self, name: &GroupName, what: &str) -> Failure {
+        match self.replica_group(name) {
+            Ok(found) => {
+                let message = format!("group {name} is of VMs that run elsewhere; {what} at {}", found.peer);
+                Failure::new(Code::NoSuchGroup, message)
+            }
+            Err(unknown) => unknown,
+        }
     }
 
     /// The group of this name whose replicas are here.
