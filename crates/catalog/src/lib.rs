@@ -64,6 +64,10 @@ type Change = Box<dyn FnOnce(&Transaction<'_>) -> Box<dyn FnOnce(Result<(), rusq
 /// At most this many changes share one commit; bounds how long the first of them waits.
 const GROUP_MAX: usize = 256;
 
+/// How many statements a connection keeps prepared, of those that ask for it (`prepare_cached`): parsing one costs more
+/// than most of them do, and all owners together have some 50 that come with every cycle.
+const STATEMENTS_KEPT: usize = 64;
+
 /// A handle on the catalog; clones share the writer.
 #[derive(Clone)]
 pub struct Catalog {
@@ -139,6 +143,7 @@ impl Catalog {
         let path = PathBuf::from(":memory:");
         let opened = Connection::open_in_memory().and_then(|connection| {
             connection.pragma_update(None, "foreign_keys", true)?;
+            connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
             Ok(connection)
         });
         let reader = opened.map_err(|source| Error::Sqlite { path: path.clone(), source })?;
@@ -277,6 +282,7 @@ fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
     Ok(connection)
 }
 

@@ -285,19 +285,15 @@ impl Protected {
         let (row, window) = (self.clone(), to_json(measured));
         let put = move |tx: &catalog::Transaction<'_>| {
             row.put(tx)?;
-            tx.execute(
-                "INSERT OR REPLACE INTO measured VALUES (?1, ?2)",
-                params![row.vm.to_string(), window],
-            )?;
+            tx.prepare_cached("INSERT OR REPLACE INTO measured VALUES (?1, ?2)")?
+                .execute(params![row.vm.to_string(), window])?;
             Ok(())
         };
         catalog.change(put).await
     }
 
     fn put(&self, tx: &catalog::Transaction<'_>) -> rusqlite::Result<()> {
-        tx.execute(
-            "INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
-            params![
+        tx.prepare_cached("INSERT OR REPLACE INTO protected VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)")?.execute(params![
                 self.vm.to_string(),
                 self.name.as_str(),
                 to_json(&self.settings),
@@ -312,8 +308,7 @@ impl Protected {
                 self.error.as_ref().map(to_json),
                 self.generation,
                 to_json(&self.passes),
-            ],
-        )?;
+            ])?;
         Ok(())
     }
 
@@ -348,7 +343,7 @@ pub fn migrate(catalog: &Catalog) -> Result<(), catalog::Error> {
 /// Reads all rows, by name.
 pub fn load(catalog: &Catalog) -> Result<Vec<Protected>, catalog::Error> {
     catalog.read(|c| {
-        c.prepare("SELECT * FROM protected ORDER BY name")?.query_map([], Protected::get)?.collect()
+        c.prepare_cached("SELECT * FROM protected ORDER BY name")?.query_map([], Protected::get)?.collect()
     })
 }
 
@@ -358,7 +353,7 @@ pub fn is_known(catalog: &Catalog, name: &VmName) -> Result<bool, catalog::Error
 }
 
 fn has_name(c: &rusqlite::Connection, name: &VmName) -> rusqlite::Result<bool> {
-    c.prepare("SELECT 1 FROM protected WHERE name = ?1")?.exists([name.as_str()])
+    c.prepare_cached("SELECT 1 FROM protected WHERE name = ?1")?.exists([name.as_str()])
 }
 
 /// Forgets a VM.
@@ -367,8 +362,8 @@ pub async fn remove(catalog: &Catalog, vm: VmId) -> Result<(), catalog::Error> {
     durable_step("primary::forget::removing");
     catalog
         .change(move |tx| {
-            tx.execute("DELETE FROM measured WHERE vm = ?1", [&id])?;
-            tx.execute("DELETE FROM protected WHERE vm = ?1", [&id])
+            tx.prepare_cached("DELETE FROM measured WHERE vm = ?1")?.execute([&id])?;
+            tx.prepare_cached("DELETE FROM protected WHERE vm = ?1")?.execute([&id])
         })
         .await?;
     durable_step("primary::forget::removed");

@@ -282,48 +282,48 @@ pub(crate) struct HoldRow {
 }
 
 pub(crate) fn save_vm(tx: &Transaction<'_>, row: &VmRow) -> rusqlite::Result<()> {
-    tx.execute(
+    tx.prepare_cached(
         "INSERT INTO replica_vms VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (vm) DO UPDATE SET
          name = excluded.name, peer = excluded.peer, folder = excluded.folder,
          definition = excluded.definition, state = excluded.state",
-        params![
-            row.vm.to_string(),
-            row.name.as_str(),
-            row.peer,
-            row.folder.to_string_lossy(),
-            row.definition,
-            to_json(&row.doc)
-        ],
-    )?;
+    )?
+    .execute(params![
+        row.vm.to_string(),
+        row.name.as_str(),
+        row.peer,
+        row.folder.to_string_lossy(),
+        row.definition,
+        to_json(&row.doc)
+    ])?;
     Ok(())
 }
 
 pub(crate) fn remove_vm(tx: &Transaction<'_>, vm: VmId) -> rusqlite::Result<()> {
-    tx.execute("DELETE FROM replica_vms WHERE vm = ?1", [vm.to_string()])?;
+    tx.prepare_cached("DELETE FROM replica_vms WHERE vm = ?1")?.execute([vm.to_string()])?;
     Ok(())
 }
 
 pub(crate) fn add_log(tx: &Transaction<'_>, vm: VmId, log: &LogRow) -> rusqlite::Result<()> {
-    tx.execute(
+    tx.prepare_cached(
         "INSERT INTO replica_logs VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
-        params![
-            vm.to_string(),
-            log.number.0,
-            log.first.0,
-            log.file,
-            log.id.to_string(),
-            log.predecessor.to_string(),
-            log.moment.0,
-            to_json(&log.class),
-            to_json(&log.purpose),
-            log.progress.covered_bytes,
-            log.progress.total_bytes,
-            log.bytes,
-            log.raw_bytes,
-            log.extents,
-            hex::encode(log.hash),
-        ],
-    )?;
+    )?
+    .execute(params![
+        vm.to_string(),
+        log.number.0,
+        log.first.0,
+        log.file,
+        log.id.to_string(),
+        log.predecessor.to_string(),
+        log.moment.0,
+        to_json(&log.class),
+        to_json(&log.purpose),
+        log.progress.covered_bytes,
+        log.progress.total_bytes,
+        log.bytes,
+        log.raw_bytes,
+        log.extents,
+        hex::encode(log.hash),
+    ])?;
     Ok(())
 }
 
@@ -334,16 +334,13 @@ pub(crate) fn remove_logs(
     first: LogNumber,
     last: LogNumber,
 ) -> rusqlite::Result<()> {
-    tx.execute(
-        "DELETE FROM replica_logs WHERE vm = ?1 AND number BETWEEN ?2 AND ?3",
-        params![vm.to_string(), clamp(first), clamp(last)],
-    )?;
+    tx.prepare_cached("DELETE FROM replica_logs WHERE vm = ?1 AND number BETWEEN ?2 AND ?3")?
+        .execute(params![vm.to_string(), clamp(first), clamp(last)])?;
     Ok(())
 }
 
 pub(crate) fn add_point(tx: &Transaction<'_>, vm: VmId, point: &PointInfo) -> rusqlite::Result<()> {
-    tx.execute(
-        "INSERT OR REPLACE INTO replica_points VALUES (?1, ?2, ?3, ?4, ?5)",
+    tx.prepare_cached("INSERT OR REPLACE INTO replica_points VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(
         params![
             vm.to_string(),
             point.number.0,
@@ -367,10 +364,12 @@ pub(crate) fn put_moment(
     log: Head,
     moment: &GroupMoment,
 ) -> rusqlite::Result<()> {
-    tx.execute(
-        "INSERT OR REPLACE INTO replica_moments VALUES (?1, ?2, ?3, ?4)",
-        params![vm.to_string(), clamp(log.number), log.id.to_string(), to_json(moment)],
-    )?;
+    tx.prepare_cached("INSERT OR REPLACE INTO replica_moments VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+        vm.to_string(),
+        clamp(log.number),
+        log.id.to_string(),
+        to_json(moment)
+    ])?;
     Ok(())
 }
 
@@ -383,7 +382,7 @@ pub(crate) fn remove_moments(tx: &Transaction<'_>, vm: VmId, logs: &[LogNumber])
 pub(crate) fn load_moments(catalog: &Catalog, vm: VmId) -> Result<BTreeMap<LogNumber, (LogId, GroupMoment)>> {
     let query = "SELECT number, id, moment FROM replica_moments WHERE vm = ?1";
     Ok(catalog.read(|c| {
-        c.prepare(query)?
+        c.prepare_cached(query)?
             .query_map([vm.to_string()], |row| {
                 Ok((LogNumber(row.get(0)?), (parsed(row, 1)?, json(row, 2)?)))
             })?
@@ -393,10 +392,8 @@ pub(crate) fn load_moments(catalog: &Catalog, vm: VmId) -> Result<BTreeMap<LogNu
 
 /// Forgets which points from `first` on were read: their bytes are lost, nothing can be told against them.
 pub(crate) fn forget_parents(tx: &Transaction<'_>, vm: VmId, first: LogNumber) -> rusqlite::Result<()> {
-    tx.execute(
-        "DELETE FROM replica_parents WHERE vm = ?1 AND number >= ?2",
-        params![vm.to_string(), clamp(first)],
-    )?;
+    tx.prepare_cached("DELETE FROM replica_parents WHERE vm = ?1 AND number >= ?2")?
+        .execute(params![vm.to_string(), clamp(first)])?;
     Ok(())
 }
 
@@ -406,10 +403,11 @@ pub(crate) fn add_parent(
     id: LogId,
     number: LogNumber,
 ) -> rusqlite::Result<()> {
-    tx.execute(
-        "INSERT OR IGNORE INTO replica_parents VALUES (?1, ?2, ?3)",
-        params![vm.to_string(), id.to_string(), number.0],
-    )?;
+    tx.prepare_cached("INSERT OR IGNORE INTO replica_parents VALUES (?1, ?2, ?3)")?.execute(params![
+        vm.to_string(),
+        id.to_string(),
+        number.0
+    ])?;
     Ok(())
 }
 
@@ -425,19 +423,19 @@ pub(crate) fn parent(catalog: &Catalog, vm: VmId, id: LogId) -> Result<Option<Lo
 
 /// Raises a fence; one that is there is never lowered.
 pub(crate) fn raise_fence(tx: &Transaction<'_>, fence: &Fence) -> rusqlite::Result<()> {
-    tx.execute(
+    tx.prepare_cached(
         "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (vm) DO UPDATE SET
          name = excluded.name, generation = max(generation, excluded.generation), at = excluded.at,
          replicated = excluded.replicated, folder = excluded.folder",
-        params![
-            fence.vm.to_string(),
-            fence.name.as_str(),
-            fence.generation,
-            fence.at.0,
-            to_json(&fence.replicated),
-            fence.folder.as_ref().map(|folder| folder.to_string_lossy()),
-        ],
-    )?;
+    )?
+    .execute(params![
+        fence.vm.to_string(),
+        fence.name.as_str(),
+        fence.generation,
+        fence.at.0,
+        to_json(&fence.replicated),
+        fence.folder.as_ref().map(|folder| folder.to_string_lossy()),
+    ])?;
     Ok(())
 }
 
@@ -466,22 +464,25 @@ fn read_fence(row: &rusqlite::Row<'_>) -> rusqlite::Result<Fence> {
 }
 
 pub(crate) fn add_hold(tx: &Transaction<'_>, hold: &HoldRow) -> rusqlite::Result<()> {
-    tx.execute(
-        "INSERT INTO replica_holds VALUES (?1, ?2, ?3, ?4, ?5)",
-        params![hold.id, hold.vm.to_string(), hold.point.0, hold.made_at.0, hold.expires_at.0],
-    )?;
+    tx.prepare_cached("INSERT INTO replica_holds VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
+        hold.id,
+        hold.vm.to_string(),
+        hold.point.0,
+        hold.made_at.0,
+        hold.expires_at.0
+    ])?;
     Ok(())
 }
 
 pub(crate) fn remove_hold(tx: &Transaction<'_>, id: &str) -> rusqlite::Result<()> {
-    tx.execute("DELETE FROM replica_holds WHERE id = ?1", [id])?;
+    tx.prepare_cached("DELETE FROM replica_holds WHERE id = ?1")?.execute([id])?;
     Ok(())
 }
 
 pub(crate) fn load_vms(catalog: &Catalog) -> Result<Vec<VmRow>> {
     let query = "SELECT vm, name, peer, folder, definition, state FROM replica_vms ORDER BY vm";
     Ok(catalog.read(|c| {
-        c.prepare(query)?
+        c.prepare_cached(query)?
             .query_map([], |row| {
                 Ok(VmRow {
                     vm: parsed(row, 0)?,
@@ -501,7 +502,7 @@ pub(crate) fn load_logs(catalog: &Catalog, vm: VmId) -> Result<Vec<LogRow>> {
         "SELECT number, first, file, id, predecessor, moment, class, purpose, covered_bytes, total_bytes,
                  bytes, raw_bytes, extents, hash FROM replica_logs WHERE vm = ?1 ORDER BY number";
     Ok(catalog.read(|c| {
-        c.prepare(query)?
+        c.prepare_cached(query)?
             .query_map([vm.to_string()], |row| {
                 let hash: String = row.get(13)?;
                 Ok(LogRow {
@@ -530,7 +531,7 @@ pub(crate) fn load_logs(catalog: &Catalog, vm: VmId) -> Result<Vec<LogRow>> {
 pub(crate) fn load_points(catalog: &Catalog, vm: VmId) -> Result<Vec<PointInfo>> {
     let query = "SELECT number, id, taken_at, consistency FROM replica_points WHERE vm = ?1 ORDER BY number";
     Ok(catalog.read(|c| {
-        c.prepare(query)?
+        c.prepare_cached(query)?
             .query_map([vm.to_string()], |row| {
                 Ok(PointInfo {
                     number: LogNumber(row.get(0)?),
@@ -545,7 +546,7 @@ pub(crate) fn load_points(catalog: &Catalog, vm: VmId) -> Result<Vec<PointInfo>>
 
 pub(crate) fn load_holds(catalog: &Catalog) -> Result<Vec<HoldRow>> {
     Ok(catalog.read(|c| {
-        c.prepare("SELECT id, vm, point, made_at, expires_at FROM replica_holds")?
+        c.prepare_cached("SELECT id, vm, point, made_at, expires_at FROM replica_holds")?
             .query_map([], |row| {
                 Ok(HoldRow {
                     id: row.get(0)?,

@@ -73,11 +73,12 @@ impl Events {
         let Event { at, kind, vm, peer, message } = event;
         tracing::warn!(%kind, vm = vm.as_deref(), peer = peer.as_deref(), "{message}");
         let written = self.catalog.change(move |tx| {
-            tx.execute(
+            tx.prepare_cached(
                 "INSERT INTO events (at, kind, vm, peer, message) VALUES (?1, ?2, ?3, ?4, ?5)",
-                params![at.0, kind, vm, peer, message],
-            )?;
-            tx.execute("DELETE FROM events WHERE id <= ?1", [tx.last_insert_rowid() - EVENTS_MAX])
+            )?
+            .execute(params![at.0, kind, vm, peer, message])?;
+            tx.prepare_cached("DELETE FROM events WHERE id <= ?1")?
+                .execute([tx.last_insert_rowid() - EVENTS_MAX])
         });
         if let Err(error) = written.await {
             tracing::error!(%error, "an event could not be written down");
@@ -87,7 +88,7 @@ impl Events {
     /// The newest ones, newest first.
     pub fn newest(&self, count: u32) -> Result<Vec<Event>, Failure> {
         let read = self.catalog.read(|c| {
-            c.prepare("SELECT at, kind, vm, peer, message FROM events ORDER BY id DESC LIMIT ?1")?
+            c.prepare_cached("SELECT at, kind, vm, peer, message FROM events ORDER BY id DESC LIMIT ?1")?
                 .query_map([count], |row| {
                     Ok(Event {
                         at: Timestamp(row.get(0)?),
@@ -113,12 +114,18 @@ mod tests {
         let catalog = Catalog::open(dir.path().join("catalog.sqlite")).unwrap();
         let events = Events::open(catalog.clone()).unwrap();
         events.note(Event::new("peer-refused", "no certificate").peer("127.0.0.1:5")).await;
-        catalog.change(|tx| tx.execute("UPDATE events SET id = id + 20000", [])).await.unwrap();
+        catalog
+            .change(|tx| tx.prepare_cached("UPDATE events SET id = id + 20000")?.execute([]))
+            .await
+            .unwrap();
         events.note(Event::new("log-refused", "wrong number").vm("web")).await;
         let kinds: Vec<_> = events.newest(10).unwrap().into_iter().map(|event| event.kind).collect();
         assert_eq!(kinds, ["log-refused", "peer-refused"]);
         catalog
-            .change(|tx| tx.execute("UPDATE events SET id = id - 20000 WHERE kind = 'peer-refused'", []))
+            .change(|tx| {
+                tx.prepare_cached("UPDATE events SET id = id - 20000 WHERE kind = 'peer-refused'")?
+                    .execute([])
+            })
             .await
             .unwrap();
         events.note(Event::new("log-refused", "wrong predecessor").vm("web")).await;

@@ -205,9 +205,9 @@ impl<A: Attempts> Jobs<A> {
     pub fn list(&self) -> Result<Vec<Job>, Failure> {
         let query =
             "SELECT id, request, state, attempts, made_at, deadline FROM jobs ORDER BY id DESC LIMIT ?1";
-        let jobs = self
-            .catalog
-            .read(|c| c.prepare(query)?.query_map([ENDED_KEPT], read_job)?.collect::<Result<_, _>>())?;
+        let jobs = self.catalog.read(|c| {
+            c.prepare_cached(query)?.query_map([ENDED_KEPT], read_job)?.collect::<Result<_, _>>()
+        })?;
         Ok(jobs)
     }
 
@@ -289,19 +289,16 @@ impl<A: Attempts> Jobs<A> {
         let job = job.clone();
         durable_step("site::job::adding");
         let id = self.catalog.change(move |tx| {
-            tx.execute(
-                "INSERT INTO jobs (vm, request, state, attempts, made_at, deadline) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                params![
+            tx.prepare_cached("INSERT INTO jobs (vm, request, state, attempts, made_at, deadline) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
                     job.request.vm.as_str(),
                     to_json(&job.request),
                     to_json(&job.state),
                     to_json(&job.attempts),
                     job.made_at.0,
                     job.deadline.0
-                ],
-            )?;
+                ])?;
             let id = tx.last_insert_rowid();
-            tx.execute("DELETE FROM jobs WHERE id <= ?1 - ?2 AND state NOT LIKE '%\"waiting\"%'", params![id, ENDED_KEPT])?;
+            tx.prepare_cached("DELETE FROM jobs WHERE id <= ?1 - ?2 AND state NOT LIKE '%\"waiting\"%'")?.execute(params![id, ENDED_KEPT])?;
             Ok(id)
         });
         let id = id.await?;
@@ -316,10 +313,8 @@ impl<A: Attempts> Jobs<A> {
         let saved = self
             .catalog
             .change(move |tx| {
-                tx.execute(
-                    "UPDATE jobs SET state = ?2, attempts = ?3 WHERE id = ?1",
-                    params![id, state, attempts],
-                )
+                tx.prepare_cached("UPDATE jobs SET state = ?2, attempts = ?3 WHERE id = ?1")?
+                    .execute(params![id, state, attempts])
             })
             .await;
         durable_step("site::job::saved");
