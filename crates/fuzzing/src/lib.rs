@@ -45,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "command", memory_max: 4 * MIB, run: targets::text::command },
     Target { name: "rebuild", memory_max: 16 * MIB, run: targets::rebuild::rebuild },
     Target { name: "backup", memory_max: 8 * MIB, run: targets::backup::backup },
+    Target { name: "media", memory_max: 4 * MIB, run: targets::media::media },
 ];
 
 impl Target {

@@ -7,7 +7,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
-use model::{LogId, LogNumber, Phase, VmId};
+use media::{Card, End, MediaKey};
+use model::{Head, LogId, LogNumber, MediaId, Phase, VmId};
 use nbd::{BASE_ALLOCATION, Client};
 use serde_json::json;
 use site::{BackupRequest, Exported, Request};
@@ -26,6 +27,7 @@ pub fn write_seeds(corpus: &Path) -> io::Result<()> {
     nbd(&put)?;
     qemu(&put)?;
     http(&put)?;
+    media(&put)?;
     texts(&put)?;
     replica(&put)?;
     for (name, [manifest, tree, lengths]) in repository::fuzzing::samples() {
@@ -197,7 +199,33 @@ fn http(put: Put<'_>) -> io::Result<()> {
             put("http", &format!("{which}-{parts}"), &[&head[..], body.to_string().as_bytes()].concat())?;
         }
     }
-    put("http", "query", b"\x06\x08offset=18446744073709551615&last=false")
+    let moment = json!({"phase": Phase::Replicating, "error": null, "paused": false, "moment": {"number": 7, "id": LogId::from_bytes([2; 16]),
+        "moment": {"id": model::MomentId::from_bytes([9; 16]), "group": "shop", "at": 1_700_000_000_000_000_i64, "skew_us": 7000, "members": ["web", "db"], "missing": []}}});
+    put("http", "moment", &[b"\x03\x00", moment.to_string().as_bytes()].concat())?;
+    put("http", "take-over", &[b"\x00\x80", json!({"vm_name": "web"}).to_string().as_bytes()].concat())?;
+    put("http", "query", b"\x06\x08offset=18446744073709551615&last=false")?;
+    let [now, next] = ["now", "next"].map(|name| {
+        let dir = tempfile::tempdir()?;
+        wire::Identity::create(dir.path(), name).map_err(io::Error::other)
+    });
+    let announced = wire::NextKey::of(&next?, now?.shown().key).map_err(io::Error::other)?;
+    let announced = serde_json::to_vec(&announced).map_err(io::Error::other)?;
+    put("http", "next-key", &[b"\x00\x40", &announced[..]].concat())
+}
+
+/// A card, files of a set, and what the other ways of the target begin with.
+fn media(put: Put<'_>) -> io::Result<()> {
+    let (set, vm) = (MediaId::from_bytes([6; 16]), VmId::from_bytes([1; 16]));
+    let key = MediaKey::from_bytes([5; 32]);
+    put("media", "card", &[b"\x00", &Card { set, vm }.encode()[..]].concat())?;
+    let head = Head { number: LogNumber(2), id: LogId::from_bytes([3; 16]) };
+    let end = End { head, files: vec![4096, 90] };
+    let file = end.encode(&key, set, vm, LogId::from_bytes([2; 16])).map_err(io::Error::other)?;
+    put("media", "found", &[b"\x04", &file[..]].concat())?;
+    put("media", "changed", b"\x08\x50\x00\x01plain")?;
+    put("media", "cut", b"\x09\x50\x00\x00plain")?;
+    let sizes: Vec<u8> = end.files.iter().flat_map(|bytes| bytes.to_le_bytes()).collect();
+    put("media", "end", &[b"\x0c\x02\x00", &head.id.as_bytes()[..], &sizes].concat())
 }
 
 fn texts(put: Put<'_>) -> io::Result<()> {

@@ -11,8 +11,9 @@ use http_body_util::BodyExt;
 use model::{LogId, LogNumber, Phase, VmId};
 use tower::ServiceExt;
 use wire::{
-    ClientIdentity, DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, Newcomer, Offer, Peer,
-    Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, UploadState, WireEvent, check_site_name,
+    ClientIdentity, DigestRequest, Endpoint, Fingerprint, HandOver, HandedOver, Identity, KeyId, Newcomer,
+    Offer, Peer, Refused, RefusedClass, RelationshipStatus, Report, Shown, SiteInfo, TakeOver, TakenOver,
+    UploadState, WireEvent, check_site_name,
 };
 
 use crate::stream::block_on;
@@ -51,6 +52,8 @@ fn request(which: u8, parts: u8, body: &[u8]) -> Request<Body> {
             .collect()
     };
     let (method, path) = match which % 8 {
+        0 if parts & 64 != 0 => (Method::POST, "/v1/next-key".to_owned()),
+        0 if parts & 128 != 0 => (Method::POST, "/v1/take-over".to_owned()),
         0 => (Method::POST, "/v1/peers".to_owned()),
         1 => (Method::PUT, format!("/v1/relationships/{vm}")),
         2 => (Method::DELETE, format!("/v1/relationships/{vm}")),
@@ -69,9 +72,17 @@ fn request(which: u8, parts: u8, body: &[u8]) -> Request<Body> {
         request.body(Body::from(body.to_vec())).unwrap_or_else(|_| Request::new(Body::from(body.to_vec())));
     let fingerprint = (parts & 32 == 0).then(|| Fingerprint::from_bytes([3; 32]));
     let remote = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-    request.extensions_mut().insert(ClientIdentity { remote, fingerprint, shown: None });
+    let shown = fingerprint.map(|_| SHOWN.clone());
+    request.extensions_mut().insert(ClientIdentity { remote, fingerprint, shown });
     request
 }
+
+/// What the peer shows; its key is forgotten at once.
+static SHOWN: LazyLock<Arc<Shown>> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().expect("a folder");
+    let identity = Identity::create(dir.path(), "branch").expect("an identity");
+    identity.shown().clone()
+});
 
 static ROUTER: LazyLock<Router> = LazyLock::new(|| wire::router(Arc::new(Stub)));
 
@@ -103,8 +114,19 @@ impl Endpoint for Stub {
         })
     }
 
-    async fn report(&self, _peer: &Peer, _vm: VmId, _report: Report) -> Result<(), Refused> {
+    async fn report(&self, _peer: &Peer, _vm: VmId, report: Report) -> Result<(), Refused> {
+        let again = serde_json::to_vec(&report).expect("a report can be written");
+        assert_eq!(serde_json::from_slice::<Report>(&again).expect("and read"), report);
         Ok(())
+    }
+
+    async fn announce(&self, _peer: &Peer, next: KeyId) -> Result<(), Refused> {
+        panic!("{next} was believed, and the key of before has never signed anything");
+    }
+
+    async fn take_over(&self, _peer: &Peer, wanted: TakeOver) -> Result<TakenOver, Refused> {
+        assert!(!wanted.vm_name.as_str().contains('/'), "names are checked before");
+        Ok(TakenOver { vm: VmId::from_bytes([1; 16]), generation: 2 })
     }
 
     async fn withdraw(&self, _peer: &Peer, _vm: VmId) -> Result<(), Refused> {

@@ -3,6 +3,7 @@
 pub(crate) mod backup;
 pub(crate) mod http;
 pub(crate) mod log;
+pub(crate) mod media;
 pub(crate) mod nbd;
 pub(crate) mod qemu;
 pub(crate) mod rebuild;
