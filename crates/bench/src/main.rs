@@ -46,6 +46,9 @@ struct Arguments {
     /// How long the part `scale` watches the largest of them, in minutes.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     minutes: u64,
+    /// How many VMs the part `nightly` backs up in one night.
+    #[arg(long, default_value_t = 200)]
+    nightly_vms: usize,
     /// Leave images, sites and repositories where they are.
     #[arg(long)]
     keep: bool,
@@ -81,6 +84,8 @@ enum Part {
     Resync,
     /// How many VMs one site takes at an interval of 30 s.
     Scale,
+    /// A night in which many VMs are backed up at once, with strict and with pinned views.
+    Nightly,
 }
 
 impl Part {
@@ -101,6 +106,7 @@ impl Part {
             Self::Failover => parts::failover::run(arguments, table),
             Self::Resync => parts::resync::run(arguments, table),
             Self::Scale => parts::scale::run(arguments, table),
+            Self::Nightly => parts::nightly::run(arguments, table),
         }
     }
 
@@ -123,6 +129,7 @@ impl Part {
             Self::Replicate => &[("nbdcopy", "libnbd-bin"), ("rsync", "rsync"), ("time", "time")],
             Self::Apply => &[("dd", "coreutils"), ("time", "time")],
             Self::Io | Self::Scale => &[],
+            Self::Nightly => &[("restic", "restic")],
             Self::Resync => &[("cmp", "diffutils"), ("time", "time")],
             Self::Failover => &[("qemu-io", "qemu-utils"), ("qemu-img", "qemu-utils")],
             Self::Guest => &[("fio", "fio")],
@@ -140,6 +147,7 @@ impl Part {
             Self::Guest => 20,
             Self::Resync => 48,
             Self::Scale => 24,
+            Self::Nightly => 8,
         }
     }
 }

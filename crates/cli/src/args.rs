@@ -12,6 +12,7 @@ use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy
 use crate::{groups, when};
 
 pub use crate::peer_args::{Entry, Identity, Peer};
+pub use crate::policies::{BackupCommand, Policy};
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
 #[derive(Debug, Parser)]
@@ -127,6 +128,9 @@ pub enum Command {
     Unextend { vm: VmName },
     /// Back up a replica.
     Backup(Backup),
+    /// When which VMs are backed up, how long backups are kept, and what is promised.
+    #[command(subcommand)]
+    Policy(Policy),
     /// Backup jobs that wait or run, and the newest that have ended.
     Jobs,
     /// The backups there are.
@@ -364,7 +368,10 @@ pub enum Group {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Backup {
+    #[command(subcommand)]
+    pub command: Option<BackupCommand>,
     #[command(flatten)]
     pub target: Target,
     /// A certain recovery point, by id or name (of a group: a moment, by id); `points` lists them.
@@ -381,6 +388,9 @@ pub struct Backup {
     /// Exit with 75 at the first refusal.
     #[arg(long)]
     pub no_retry: bool,
+    /// Take no changes from the VM's site meanwhile; they wait there, and nothing is lost.
+    #[arg(long, conflicts_with = "group")]
+    pub pause: bool,
 }
 
 #[derive(Debug, Args)]

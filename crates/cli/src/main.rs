@@ -12,6 +12,7 @@ mod memory;
 mod peer_args;
 mod peers;
 mod points;
+mod policies;
 mod progress;
 mod repositories;
 mod show;
@@ -26,6 +27,7 @@ use site::{BackupRequest, By, Code, Config, Exported, Failure, GroupRequest, Req
 
 use crate::args::{Arguments, Command, Disk, View};
 use crate::groups::Aim;
+use crate::policies::{BackupCommand, Report};
 use crate::progress::Bar;
 
 fn main() -> ExitCode {
@@ -123,6 +125,9 @@ async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
                 .await
                 .map(Some)
         }
+        Command::Policy(args::Policy::New { name, vms, at, repository }) => {
+            policies::write(dir, name, vms, at, repository).map(Some)
+        }
         Command::Demo { keep } => demo::run(arguments, *keep).await.map(Some),
         command => ask(arguments, command).await.map(Some),
     }
@@ -147,10 +152,19 @@ async fn ask(arguments: &Arguments, command: &Command) -> Result<Said, Failure> 
     groups::start_all(&arguments.dir, command, &mut answer).await?;
     let text = match command {
         Command::Measurements { csv: true, .. } => measurements::csv(&answer),
+        Command::Backup(args::Backup { command: Some(BackupCommand::Report(report)), .. }) => match report {
+            Report { csv: true, .. } => policies::csv(&answer),
+            Report { html: true, .. } => policies::html(&answer),
+            _ => show::answer(&request, &answer),
+        },
         _ => show::answer(&request, &answer),
     };
-    // A guest that does not boot is an answer, and no success.
-    let status = u8::from(matches!(request, Request::Check(_)) && answer["alive"] != true);
+    // A guest that does not boot is an answer, and no success; so is a promise that is broken.
+    let status = match request {
+        Request::Check(_) => u8::from(answer["alive"] != true),
+        Request::BackupReport { .. } => u8::from(answer["broken"] != 0),
+        _ => 0,
+    };
     Ok(Said { json: answer, text, status })
 }
 
@@ -191,7 +205,11 @@ fn request(command: &Command) -> Result<Request, Failure> {
             bandwidth_bytes_per_s: extend.bandwidth,
         }),
         Command::Unextend { vm } => Request::Unextend { vm: vm.clone() },
+        Command::Backup(args::Backup { command: Some(BackupCommand::Report(report)), .. }) => {
+            policies::report_request(report)
+        }
         Command::Backup(backup) => backed_up(backup)?,
+        Command::Policy(policy) => Request::Policy(policies::request(policy)?),
         Command::Jobs => Request::Jobs,
         Command::Hold { vm, lease } => Request::Hold { vm: vm.clone(), for_s: lease.as_secs() },
         Command::Release { hold } => Request::Release { hold: hold.clone() },
@@ -282,6 +300,7 @@ fn backed_up(backup: &args::Backup) -> Result<Request, Failure> {
             },
             repository,
             no_retry: backup.no_retry,
+            pause: backup.pause,
         }),
     })
 }

@@ -104,9 +104,14 @@ fn replicas_table(vms: &[&Value]) -> String {
 
 /// A line of names, then a line for each VM.
 pub fn csv(answer: &Value) -> String {
-    let mut lines = COLUMNS.join(",");
-    for vm in list(&answer["measurements"]) {
-        let cells: Vec<String> = COLUMNS.iter().map(|column| cell(&vm[*column])).collect();
+    csv_lines(COLUMNS, list(&answer["measurements"]))
+}
+
+/// A line of names, and one for each row.
+pub fn csv_lines(columns: &[&str], rows: &[Value]) -> String {
+    let mut lines = columns.join(",");
+    for row in rows {
+        let cells: Vec<String> = columns.iter().map(|column| cell(&row[*column])).collect();
         let _ = write!(lines, "\n{}", cells.join(","));
     }
     lines

@@ -109,6 +109,8 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover(request) => crate::failover::shown(request, answer),
         Request::Group(request) => crate::groups::shown(request, answer),
+        Request::Policy(request) => crate::policies::shown(request, answer),
+        Request::BackupReport { .. } => crate::policies::report(answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
         Request::Measurements { .. } => measurements::tables(list(&answer["measurements"])),
         Request::Events { .. } => events(list(&answer["events"])),

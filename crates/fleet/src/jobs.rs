@@ -6,7 +6,7 @@
 //!     └───────────────── refused: again then, or with the barrier ──────────────────┴──▶ given up: Ended
 //! ```
 
-use model::gate::{Access, Admission, Condition, Refusal};
+use model::gate::{Access, Admission, Refusal};
 use model::{ApplyState, Attempt, GiveUp, RetryDecision};
 
 use crate::clock::{HOUR, Micros, moment};
@@ -170,9 +170,9 @@ impl Site<'_> {
         let job = &mut self.jobs[index as usize];
         let rate = self.vms[job.vm as usize].churn.bytes_per_s;
         self.tally.refused(refusal.condition, job.refused.is_empty().then_some(rate));
-        job.refused.push(Attempt { at: now, refused: refusal.condition });
+        job.refused.push(Attempt { at: now, refused: refusal.condition.into() });
         let (deadline, chance) = (moment(self.scenario.window.until), self.job_chance.f64());
-        match self.policy.decide(&job.refused, refusal, Some(deadline), now, chance) {
+        match self.policy.decide(&job.refused, refusal.retry_after, Some(deadline), now, chance) {
             RetryDecision::Again { at, barrier } => {
                 (job.state, job.next_at, job.barrier) = (JobState::Waiting, at.0, barrier);
                 self.at(at.0, Event::JobDue(index));
@@ -192,7 +192,7 @@ impl Site<'_> {
         let job = &mut self.jobs[index as usize];
         job.state = JobState::Ended;
         let (vm, attempts) = (job.vm, job.refused.len() as u64 + u64::from(end == End::Done));
-        let collided = job.refused.last().is_some_and(|last| last.refused == Condition::ApplyInProgress);
+        let collided = job.refused.last().is_some_and(|last| last.refused.is_collision());
         let replica = &mut self.vms[vm as usize];
         replica.watch(self.now);
         let age = replica.watched_age.take().unwrap_or_default();

@@ -255,6 +255,7 @@ fn texts(put: Put<'_>) -> io::Result<()> {
         view: model::gate::Access::Pinned,
         repository: "local".into(),
         no_retry: true,
+        pause: false,
     };
     let exported = Exported::Point { vm: vm.clone(), point: None };
     let requests = [

@@ -14,6 +14,9 @@ pub struct Faults {
     pub sync_fails_after: Option<u64>,
     /// Whatever would need more room fails with `ENOSPC`.
     pub no_space: bool,
+    /// Each write that does not grow its file takes this many microseconds more: a disk that is slow to be written at
+    /// random, and fast to be appended to.
+    pub slow_us: u64,
 }
 
 impl Faults {
@@ -21,6 +24,9 @@ impl Faults {
     pub(crate) fn write(&mut self, grows: bool) -> io::Result<()> {
         if self.no_space && grows {
             return Err(Errno::ENOSPC.into());
+        }
+        if !grows && self.slow_us > 0 {
+            std::thread::sleep(std::time::Duration::from_micros(self.slow_us));
         }
         count_down(&mut self.write_fails_after)
     }

@@ -1,5 +1,5 @@
 //! `afterimage-lossy MOUNTPOINT BACKING`: mounts the file system and takes commands on standard input, one a
-//! line: `lose SEED`, `faults [write=N] [sync=N] [no-space]`, `unmount`. Each is answered with one line. At the
+//! line: `lose SEED`, `faults [write=N] [sync=N] [slow=MICROSECONDS] [no-space]`, `unmount`. Each is answered with one line. At the
 //! end of its input it unmounts.
 
 use std::io::{self, BufRead};
@@ -41,10 +41,12 @@ fn run(at: &std::path::Path, backing: &std::path::Path) -> io::Result<()> {
                     mount.set_faults(faults);
                     println!("{faults:?}");
                 }
-                None => println!("error: faults [write=N] [sync=N] [no-space]"),
+                None => println!("error: faults [write=N] [sync=N] [slow=MICROSECONDS] [no-space]"),
             },
             ["unmount"] => break,
-            _ => println!("error: lose SEED, faults [write=N] [sync=N] [no-space], or unmount"),
+            _ => println!(
+                "error: lose SEED, faults [write=N] [sync=N] [slow=MICROSECONDS] [no-space], or unmount"
+            ),
         }
     }
     mount.unmount()
@@ -56,6 +58,7 @@ fn faults(words: &[&str]) -> Option<Faults> {
         match word.split_once('=') {
             Some(("write", count)) => faults.write_fails_after = Some(count.parse().ok()?),
             Some(("sync", count)) => faults.sync_fails_after = Some(count.parse().ok()?),
+            Some(("slow", micros)) => faults.slow_us = micros.parse().ok()?,
             None if *word == "no-space" => faults.no_space = true,
             _ => return None,
         }

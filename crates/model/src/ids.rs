@@ -108,6 +108,11 @@ name_type!(
     GroupName,
     "group"
 );
+name_type!(
+    /// What a policy of backups is called. Safe as one path component.
+    PolicyName,
+    "policy"
+);
 
 impl PointName {
     /// A name for a point, unless it could be the beginning of a point's id.

@@ -39,7 +39,8 @@ pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phas
 pub use expiry::{EXPIRY_WARNING, Expiry, expiry};
 pub use health::{Assessment, Health, HealthInput, HealthThresholds, Lately, assess};
 pub use ids::{
-    DiskName, GroupName, IdError, LogId, LogNumber, MediaId, MomentId, NameError, PointName, VmId, VmName,
+    DiskName, GroupName, IdError, LogId, LogNumber, MediaId, MomentId, NameError, PointName, PolicyName,
+    VmId, VmName,
 };
 pub use measure::{
     CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
@@ -50,7 +51,7 @@ pub use resync::{
     DailyWindow, INITIAL_AHEAD_MAX, InitialStart, MayRun, PolicyError, ResyncPolicy, ResyncWord,
     check_initial_start, may_run,
 };
-pub use retry::{Attempt, GiveUp, RetryDecision, RetryPolicy};
+pub use retry::{Attempt, GiveUp, RetryDecision, RetryPolicy, Setback};
 pub use time::{Timestamp, human_duration};
 
 /// Changes are tracked in blocks of this many bytes: 64 KiB ships up to 16 times more on small

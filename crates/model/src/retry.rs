@@ -1,11 +1,12 @@
 //! When a refused backup is tried again. The attempts are persisted by the caller; this decides.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::Timestamp;
-use crate::gate::{Condition, Refusal};
+use crate::gate::Condition;
 
 /// How a backup that is refused comes home.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,13 +35,46 @@ impl Default for RetryPolicy {
     }
 }
 
-/// One attempt that was refused.
+/// One attempt that came to nothing, and left another one worth making.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     /// When.
     pub at: Timestamp,
-    /// By which condition.
-    pub refused: Condition,
+    /// By what.
+    pub refused: Setback,
+}
+
+/// What an attempt came to nothing by. It is written as its stable code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Setback {
+    /// The gate refused, by this condition.
+    Gate(Condition),
+    /// It failed by something that passes, as a repository that could not be reached; the code of that failure.
+    Failure(String),
+}
+
+impl Setback {
+    /// Whether it met an apply: only against that the barrier helps.
+    #[must_use]
+    pub fn is_collision(&self) -> bool {
+        *self == Self::Gate(Condition::ApplyInProgress)
+    }
+}
+
+impl From<Condition> for Setback {
+    fn from(condition: Condition) -> Self {
+        Self::Gate(condition)
+    }
+}
+
+impl fmt::Display for Setback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gate(condition) => condition.fmt(f),
+            Self::Failure(code) => f.write_str(code),
+        }
+    }
 }
 
 /// What to do after a refusal.
@@ -67,7 +101,8 @@ pub enum GiveUp {
 }
 
 impl RetryPolicy {
-    /// Decides after the refused attempts so far (at least one; the last is this `refusal`'s).
+    /// Decides after the refused attempts so far (at least one). `retry_after` is how long the cause of the last one
+    /// lasts at the least, as far as is known.
     ///
     /// `chance` is uniform in 0..1: exponential backoff with full jitter, so that a thousand VMs
     /// refused at one moment do not come back at one moment. A delay is never shorter than a tenth
@@ -77,7 +112,7 @@ impl RetryPolicy {
     pub fn decide(
         &self,
         refused: &[Attempt],
-        refusal: &Refusal,
+        retry_after: Duration,
         deadline: Option<Timestamp>,
         now: Timestamp,
         chance: f64,
@@ -86,26 +121,21 @@ impl RetryPolicy {
         if attempts >= self.attempts_max {
             return RetryDecision::GiveUp(GiveUp::Attempts);
         }
-        let collisions =
-            refused.iter().rev().take_while(|attempt| attempt.refused == Condition::ApplyInProgress).count();
-        let barrier = refusal.condition == Condition::ApplyInProgress
-            && u32::try_from(collisions).unwrap_or(u32::MAX) >= self.barrier_after;
-        let at = if barrier { now } else { now.plus(self.delay(attempts, refusal, chance)) };
+        let collisions = refused.iter().rev().take_while(|attempt| attempt.refused.is_collision()).count();
+        let barrier = collisions > 0 && u32::try_from(collisions).unwrap_or(u32::MAX) >= self.barrier_after;
+        // An apply is over soon; a resynchronization, or a server that is down, takes longer: what is known of it is
+        // the least bound.
+        let hint = if collisions > 0 { Duration::ZERO } else { retry_after };
+        let at = if barrier { now } else { now.plus(self.delay(attempts, hint, chance)) };
         if deadline.is_some_and(|deadline| at > deadline) {
             return RetryDecision::GiveUp(GiveUp::Deadline);
         }
         RetryDecision::Again { at, barrier }
     }
 
-    fn delay(&self, attempts: u32, refusal: &Refusal, chance: f64) -> Duration {
+    fn delay(&self, attempts: u32, hint: Duration, chance: f64) -> Duration {
         let growth = self.factor.checked_pow(attempts.saturating_sub(1)).unwrap_or(u32::MAX);
         let bound = self.first_delay.saturating_mul(growth);
-        // A resynchronization takes longer than an apply: the condition's own hint is the least bound.
-        let hint = if refusal.condition == Condition::ApplyInProgress {
-            Duration::ZERO
-        } else {
-            refusal.retry_after
-        };
         bound.max(hint).min(self.delay_max).mul_f64(0.1 + 0.9 * chance.clamp(0.0, 1.0))
     }
 }
@@ -116,18 +146,8 @@ mod tests {
 
     use super::*;
 
-    fn refusal(condition: Condition) -> Refusal {
-        Refusal {
-            condition,
-            transient: true,
-            since: Timestamp(0),
-            retry_after: condition.retry_after(),
-            message: String::new(),
-        }
-    }
-
     fn attempts(n: usize, refused: Condition) -> Vec<Attempt> {
-        vec![Attempt { at: Timestamp(0), refused }; n]
+        vec![Attempt { at: Timestamp(0), refused: refused.into() }; n]
     }
 
     #[test]
@@ -136,7 +156,7 @@ mod tests {
         let decide = |n| {
             policy.decide(
                 &attempts(n, Condition::ApplyInProgress),
-                &refusal(Condition::ApplyInProgress),
+                Condition::ApplyInProgress.retry_after(),
                 None,
                 Timestamp(0),
                 1.0,
@@ -152,7 +172,7 @@ mod tests {
         let policy = RetryPolicy::default();
         let refused = attempts(1, Condition::Resync);
         let decide = |deadline| {
-            policy.decide(&refused, &refusal(Condition::Resync), Some(deadline), Timestamp(0), 1.0)
+            policy.decide(&refused, Condition::Resync.retry_after(), Some(deadline), Timestamp(0), 1.0)
         };
         assert_eq!(decide(Timestamp(59_999_999)), RetryDecision::GiveUp(GiveUp::Deadline));
         assert_eq!(
@@ -165,14 +185,29 @@ mod tests {
     fn no_delay_is_likelier_than_another() {
         let policy = RetryPolicy { attempts_max: u32::MAX, ..RetryPolicy::default() };
         let refused = attempts(30, Condition::Resync);
-        let delay =
-            |chance| match policy.decide(&refused, &refusal(Condition::Resync), None, Timestamp(0), chance) {
-                RetryDecision::Again { at, .. } => at.0,
-                RetryDecision::GiveUp(why) => panic!("gave up: {why:?}"),
-            };
+        let delay = |chance| match policy.decide(
+            &refused,
+            Condition::Resync.retry_after(),
+            None,
+            Timestamp(0),
+            chance,
+        ) {
+            RetryDecision::Again { at, .. } => at.0,
+            RetryDecision::GiveUp(why) => panic!("gave up: {why:?}"),
+        };
         let delays: Vec<i64> = (0..=10).map(|tenths| delay(f64::from(tenths) / 10.0)).collect();
         assert_eq!((delays[0], delays[10]), (90_000_000, 900_000_000));
         assert!(delays.windows(2).all(|pair| pair[1] - pair[0] == 81_000_000), "{delays:?}");
+    }
+
+    #[test]
+    fn a_failure_that_passes_waits_as_long_as_it_lasts_and_breaks_a_row_of_collisions() {
+        let policy = RetryPolicy::default();
+        let mut refused = attempts(5, Condition::ApplyInProgress);
+        refused.push(Attempt { at: Timestamp(0), refused: Setback::Failure("repository".into()) });
+        let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
+        let decided = policy.decide(&refused, minutes(3), None, Timestamp(0), 1.0);
+        assert_eq!(decided, RetryDecision::Again { at: Timestamp(0).plus(minutes(3)), barrier: false });
     }
 
     proptest! {
@@ -180,7 +215,7 @@ mod tests {
         fn retries_end_and_no_delay_exceeds_its_bound(n in 1_usize..40, which in 0_usize..8, chance in 0.0_f64..1.0) {
             let policy = RetryPolicy::default();
             let condition = Condition::ALL[which];
-            match policy.decide(&attempts(n, condition), &refusal(condition), None, Timestamp(0), chance) {
+            match policy.decide(&attempts(n, condition), condition.retry_after(), None, Timestamp(0), chance) {
                 RetryDecision::Again { at, .. } => {
                     prop_assert!(n < 16);
                     prop_assert!(at.since(Timestamp(0)) <= policy.delay_max);

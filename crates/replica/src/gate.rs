@@ -208,7 +208,7 @@ impl Store {
         let input = HealthInput {
             phase: &doc.phase,
             apply: &state.apply,
-            paused: doc.reported.paused,
+            paused: doc.reported.paused || state.pauses > 0,
             // Media may be on their way for days: that nothing arrives is no news.
             last_log_at: if doc.media.is_some() { now } else { doc.last_log_at.unwrap_or(doc.made_at) },
             interval: std::time::Duration::from_secs(doc.interval_s),

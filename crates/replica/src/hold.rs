@@ -68,6 +68,16 @@ pub struct BarrierGuard {
     number: u64,
 }
 
+/// No log of the VM is taken while it lives: what has arrived is folded in, and then its files are quiet. Whatever becomes
+/// of the process, replication goes on afterwards: nothing of a pause is written down.
+pub struct PauseGuard(std::sync::Arc<Vm>);
+
+impl Drop for PauseGuard {
+    fn drop(&mut self) {
+        self.0.lock().pauses -= 1;
+    }
+}
+
 impl Drop for BarrierGuard {
     fn drop(&mut self) {
         self.vm.lock().barriers.remove(&self.number);
@@ -176,6 +186,13 @@ impl Store {
         durable_step("replica::hold::expired");
         state.holds.retain(|hold| hold.expires_at > now);
         Ok(())
+    }
+
+    /// Pauses the replication of a VM for a backup. Its primary is told to come again; its changes wait there.
+    pub fn pause(&self, vm: VmId) -> Result<PauseGuard> {
+        let vm = self.vm(vm)?;
+        vm.live()?.pauses += 1;
+        Ok(PauseGuard(vm))
     }
 
     /// Puts up a barrier: the running apply ends (waited for no longer than `patience`), no further one starts.

@@ -74,7 +74,7 @@ pub use failover::{FailoverDisk, FailoverStatus, FailoverView, failover_export};
 pub use forward::{Forward, Forwardable};
 pub use gate::{Admitted, KeptPoint, ReplicaStatus, VmFacts};
 pub use groups::ReplicaGroup;
-pub use hold::{BarrierGuard, HeldDisk, Hold};
+pub use hold::{BarrierGuard, HeldDisk, Hold, PauseGuard};
 pub use import::{AwaitedMedia, Imported};
 pub use layers::Layers;
 pub use maintain::Step;

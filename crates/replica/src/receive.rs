@@ -60,6 +60,7 @@ impl Store {
         if let Some(durable) = expect(&vm, peer, wanted)? {
             return Ok(durable);
         }
+        check_not_paused(&vm)?;
         self.resume_partial(&vm, &mut receiving, wanted)?;
         let offset = receiving.as_ref().filter(|incoming| incoming.head == wanted).map_or(0, |i| i.offset);
         Ok(UploadState { offset, durable: false })
@@ -84,6 +85,7 @@ impl Store {
         if let Some(durable) = expect(&vm, peer, wanted)? {
             return Ok(durable);
         }
+        check_not_paused(&vm)?;
         self.resume_partial(&vm, &mut receiving, wanted)?;
         if receiving.as_ref().is_none_or(|incoming| incoming.head != wanted) {
             if offset != 0 {
@@ -344,6 +346,16 @@ fn sync_failed(path: &Path, error: io::Error) -> Error {
         return Refused::no_space(path, &error.to_string()).into();
     }
     Error::io("syncing", path)(error)
+}
+
+/// Nothing is taken while a backup has replication paused. What has arrived of a log stays; it goes on from there.
+fn check_not_paused(vm: &Vm) -> Result<()> {
+    let state = vm.live()?;
+    if state.pauses == 0 {
+        return Ok(());
+    }
+    let message = format!("replication of {} is paused for a backup; it goes on by itself", state.row.name);
+    Err(Refused::transient("paused", message, Duration::from_secs(5)).into())
 }
 
 /// Whether the log may be sent now; the answer if it is here already.

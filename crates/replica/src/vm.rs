@@ -58,6 +58,8 @@ pub(crate) struct State {
     /// When each barrier ends by itself.
     pub barriers: BTreeMap<u64, Timestamp>,
     pub barriers_made: u64,
+    /// How many backups have replication paused.
+    pub pauses: usize,
     /// When a failed apply is tried again by itself.
     pub retry_at: Timestamp,
     pub health: (Health, Timestamp),
@@ -118,6 +120,7 @@ impl State {
             failovers: 0,
             barriers: BTreeMap::new(),
             barriers_made: 0,
+            pauses: 0,
             retry_at: Timestamp::default(),
             health: (Health::Normal, now),
             looked_at: BTreeMap::new(),

@@ -1,13 +1,16 @@
 //! One attempt at a backup: through the gate, to a view or a hold, into the repository. And the repositories
 //! of a site.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use catalog::Catalog;
 use model::gate::{self, Access};
-use model::{LogNumber, PointInfo, VmId, VmName, Wanted, choose_point};
+use model::{LogNumber, PointInfo, Timestamp, VmId, VmName, Wanted, choose_point};
+use policy::Place;
 use replica::{BarrierGuard, Store};
 use repository::{BackupMeta, BackupReport, Repository};
 use serde_json::{Value, json};
@@ -18,7 +21,8 @@ use crate::config::{Config, RepositorySettings};
 use crate::control::Reporter;
 use crate::events::{Event, Events};
 use crate::failure::{Code, Failure};
-use crate::jobs::{Attempts, Job, NoBackup};
+use crate::jobs::{Attempts, Job, NoBackup, newest_backup};
+use crate::policies::Known;
 use crate::request::BackupRequest;
 use crate::source::Opened;
 
@@ -93,6 +97,9 @@ impl OpenRepositories {
 /// How long an attempt that asked for the barrier waits for the running apply.
 const BARRIER_PATIENCE: Duration = Duration::from_secs(10 * 60);
 
+/// A VM to which nothing is promised is as urgent as one that is backed up every day.
+const UNPROMISED: Duration = Duration::from_secs(24 * 3600);
+
 /// A point that was chosen may go before it is opened; so often is another one chosen.
 const CHOICES: u32 = 5;
 
@@ -104,6 +111,8 @@ pub(crate) struct Backups {
     store: Store,
     events: Events,
     repositories: Arc<OpenRepositories>,
+    policies: Arc<Known>,
+    catalog: Catalog,
 }
 
 impl From<Failure> for NoBackup {
@@ -149,11 +158,48 @@ impl Attempts for Backups {
         let event = Event::new("backup-failed", format!("backup job {}: {failure}", job.id));
         self.events.note(event.vm(&job.request.vm)).await;
     }
+
+    fn place(&self, job: &Job) -> Place {
+        let folder = self.store.find(&job.request.vm).and_then(|vm| Some(self.store.status(vm).ok()?.folder));
+        let device = folder.and_then(|folder| std::fs::metadata(folder).ok()).map(|meta| meta.dev());
+        Place {
+            repository: job.request.repository.clone(),
+            storage: device.map(|device| device.to_string()).unwrap_or_default(),
+        }
+    }
+
+    fn time_left(&self, job: &Job) -> Duration {
+        // Somebody waits for it.
+        let Some(name) = &job.terms.policy else { return Duration::ZERO };
+        let policies = self.policies.last();
+        let promise = policies.usable.get(name).and_then(|policy| policy.promise).unwrap_or(UNPROMISED);
+        let newest = newest_backup(&self.catalog, &job.request.vm, &job.request.repository);
+        policy::time_left(promise, newest.ok().flatten(), job.made_at, now())
+    }
+
+    fn allowed_from(&self, job: &Job, at: Timestamp) -> Option<Timestamp> {
+        let policies = self.policies.last();
+        let policy = job.terms.policy.as_ref().and_then(|name| policies.usable.get(name));
+        policy.map_or(Some(at), |policy| policy.schedule.allowed_from(at))
+    }
+
+    fn caught_up_until(&self, job: &Job, now: Timestamp) -> Option<Timestamp> {
+        let policies = self.policies.last();
+        let policy = policies.usable.get(job.terms.policy.as_ref()?)?;
+        Some(policy.schedule.deadline(job.terms.start?, now))
+    }
 }
 
 impl Backups {
-    pub fn new(dir: PathBuf, config: Arc<Config>, store: Store, events: Events) -> Self {
-        Self { dir, config, store, events, repositories: Arc::default() }
+    pub fn new(
+        dir: PathBuf,
+        config: Arc<Config>,
+        store: Store,
+        events: Events,
+        policies: Arc<Known>,
+        catalog: Catalog,
+    ) -> Self {
+        Self { dir, config, store, events, repositories: Arc::default(), policies, catalog }
     }
 
     fn make(
@@ -164,7 +210,11 @@ impl Backups {
         cancel: &AtomicBool,
     ) -> Result<Value, NoBackup> {
         let vm = replica_named(&self.store, &request.vm)?;
-        let barrier = if barrier { self.barrier(vm)? } else { None };
+        let _paused = if request.pause { Some(self.store.pause(vm)?) } else { None };
+        if request.pause && request.view == Access::Hold {
+            self.store.prepare_hold(vm)?;
+        }
+        let barrier = if barrier || request.pause { self.barrier(vm)? } else { None };
         let (point, mut opened) = self.open(request, vm)?;
         // From here on the pin or the hold keeps applies away.
         drop(barrier);

@@ -17,6 +17,11 @@ pub fn rfc3339(moment: Timestamp) -> String {
     format!("{shown:.3}")
 }
 
+/// The moment that such a text shows.
+pub fn from_rfc3339(text: &str) -> Option<Timestamp> {
+    text.parse::<jiff::Timestamp>().ok().map(|moment| Timestamp(moment.as_microsecond()))
+}
+
 /// For `#[serde(serialize_with)]`.
 pub fn serialize_moment<S: Serializer>(moment: &Timestamp, to: S) -> Result<S::Ok, S::Error> {
     rfc3339(*moment).serialize(to)

@@ -24,6 +24,7 @@ use crate::jobs::Jobs;
 use crate::measurements;
 use crate::peers::{Peers, no_such_peer};
 use crate::points;
+use crate::policies::Known;
 use crate::request::{BackupRequest, By, Protect, Request};
 use crate::status::VmView;
 use crate::trials::Trials;
@@ -39,6 +40,7 @@ pub(crate) struct Site {
     pub extensions: Extensions,
     pub store: Store,
     pub jobs: Arc<Jobs<Backups>>,
+    pub policies: Arc<Known>,
     pub exports: Arc<Exports>,
     pub checks: Checks,
     pub turns: Turns,
@@ -99,6 +101,8 @@ impl Commands for Site {
             Request::Release { hold } => self.release(hold).await,
             Request::Failover(request) => self.failover(request, &reporter).await,
             Request::Group(request) => self.group(request, &reporter).await,
+            Request::Policy(request) => self.policy(request).await,
+            Request::BackupReport { days } => self.backup_report(days),
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,

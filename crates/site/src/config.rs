@@ -139,6 +139,12 @@ impl Default for HealthSettings {
 pub struct Backup {
     /// Backups at the same time, over all VMs.
     pub at_once: usize,
+    /// Of these, into one repository.
+    pub per_repository: usize,
+    /// Of these, from one storage (file system) of replicas.
+    pub per_storage: usize,
+    /// It is remembered so long what came of backups, in days.
+    pub history_days: u64,
     /// The bound of the first delay after a refusal, in seconds; each later one is `factor` times longer.
     pub first_delay_s: u64,
     /// See `first-delay-s`.
@@ -160,6 +166,9 @@ impl Default for Backup {
         let policy = RetryPolicy::default();
         Self {
             at_once: 2,
+            per_repository: 2,
+            per_storage: 2,
+            history_days: 90,
             first_delay_s: policy.first_delay.as_secs(),
             factor: policy.factor,
             delay_max_s: policy.delay_max.as_secs(),
@@ -263,6 +272,9 @@ impl Config {
             ("health.latency-max-s", self.health.latency_max_s, 1..=86_400),
             ("health.missed-percent", u64::from(self.health.missed_percent), 1..=100),
             ("backup.at-once", self.backup.at_once as u64, 1..=64),
+            ("backup.per-repository", self.backup.per_repository as u64, 1..=64),
+            ("backup.per-storage", self.backup.per_storage as u64, 1..=64),
+            ("backup.history-days", self.backup.history_days, 1..=3660),
             ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
             ("backup.window-min", self.backup.window_min, 1..=7 * 24 * 60),
             ("boot.memory-max-mib", self.boot.memory_max_mib, 64..=1 << 20),
@@ -308,6 +320,13 @@ impl Config {
             attempts_max: self.backup.attempts_max,
             barrier_after: self.backup.barrier_after,
         }
+    }
+
+    /// How many backups run at once.
+    #[must_use]
+    pub(crate) fn limits(&self) -> policy::Limits {
+        let Backup { at_once, per_repository, per_storage, .. } = self.backup;
+        policy::Limits { site: at_once, repository: per_repository, storage: per_storage }
     }
 
     /// The thresholds of health.
@@ -388,7 +407,10 @@ warning-after-s = {warning}      # Warning when the newest log is older (and tha
 critical-after-s = {critical}    # Critical when the newest log is older (and than three intervals)
 
 [backup]
-at-once = {at_once}              # over all VMs
+at-once = {at_once}              # over all VMs; the most urgent first
+per-repository = {per_repository}       # of these, into one repository
+per-storage = {per_storage}          # of these, from one file system with replicas
+history-days = {history}        # so long 'backup report' remembers what came of them
 first-delay-s = {first}          # after a refusal; each later delay is `factor` times longer, with jitter
 factor = {factor}
 delay-max-s = {delay_max}
@@ -431,6 +453,9 @@ password-file = "repository.password"
         warning = health.warning_after_s,
         critical = health.critical_after_s,
         at_once = backup.at_once,
+        per_repository = backup.per_repository,
+        per_storage = backup.per_storage,
+        history = backup.history_days,
         first = backup.first_delay_s,
         factor = backup.factor,
         delay_max = backup.delay_max_s,

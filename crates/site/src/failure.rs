@@ -30,6 +30,8 @@ pub enum Code {
     NoSuchVm,
     /// No group of that name here, or no such moment of one.
     NoSuchGroup,
+    /// No policy of that name here, or one that cannot be used.
+    NoSuchPolicy,
     /// Something of that name exists already.
     Exists,
     /// No peer of that name.
@@ -74,6 +76,12 @@ pub enum Code {
     Stopped,
     /// A defect of this program.
     Internal,
+}
+
+impl std::fmt::Display for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// A refusal or an error, for a person and for a script.

@@ -32,6 +32,7 @@ mod measurements;
 mod media;
 mod peers;
 mod points;
+mod policies;
 mod random;
 mod request;
 mod running;
@@ -51,10 +52,11 @@ pub use control::ask;
 pub use entry::{Change, EntryChange};
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
+pub use policies::template as policy_template;
 pub use primary::Changes;
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,
-    Progress, Protect, Request, Reverse, SeedRequest,
+    PolicyRequest, Progress, Protect, Request, Reverse, SeedRequest,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

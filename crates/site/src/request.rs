@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use boot::SignOfLife;
 use model::gate::Access;
 use model::group::GroupMember;
-use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy, VmName, Wanted};
+use model::{
+    DiskName, GroupName, InitialStart, PointName, PointRef, PolicyName, ResyncPolicy, VmName, Wanted,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -209,6 +211,13 @@ pub enum Request {
     Failover(FailoverRequest),
     /// Groups of VMs.
     Group(GroupRequest),
+    /// About policies.
+    Policy(PolicyRequest),
+    /// Who has the backups that are promised, and what came of the jobs of so many days.
+    BackupReport {
+        /// How many.
+        days: u32,
+    },
     /// Moves a replica's storage to another folder.
     Migrate {
         /// The VM.
@@ -482,6 +491,33 @@ pub enum By {
     },
 }
 
+/// What is asked of policies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyRequest {
+    /// Those there are.
+    List,
+    /// One, and its VMs.
+    Show {
+        /// Its name.
+        policy: PolicyName,
+    },
+    /// Which backups its retention would keep and forget.
+    Plan {
+        /// Its name.
+        policy: PolicyName,
+        /// Of one VM only.
+        vm: Option<VmName>,
+    },
+    /// Backs its VMs up now.
+    Run {
+        /// Its name.
+        policy: PolicyName,
+        /// One VM only.
+        vm: Option<VmName>,
+    },
+}
+
 /// A wish for a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackupRequest {
@@ -497,6 +533,9 @@ pub struct BackupRequest {
     pub repository: String,
     /// Give up at the first refusal.
     pub no_retry: bool,
+    /// Replication is paused while an attempt runs.
+    #[serde(default)]
+    pub pause: bool,
 }
 
 /// What to show over NBD.

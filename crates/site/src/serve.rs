@@ -23,8 +23,9 @@ use crate::exports::Exports;
 use crate::extend::{Extensions, ReplicaPorts};
 use crate::failure::{Code, Failure};
 use crate::identity;
-use crate::jobs::Jobs;
+use crate::jobs::{self, Jobs};
 use crate::peers::Peers;
+use crate::policies::Known;
 use crate::trials::Trials;
 use crate::turn::Turns;
 
@@ -46,6 +47,8 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     let stop = CancellationToken::new();
     let site = open(dir, config, &own, &stop).await?;
     site.take_up_failovers().await;
+    // Jobs that go on ask their policies.
+    site.policies.look()?;
     site.primary.start()?;
     site.extensions.start()?;
     site.jobs.start()?;
@@ -61,6 +64,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
         let (site, stop) = (site.clone(), stop.clone());
         async move { site.checks.run_scheduled(&site.store, stop).await }
     });
+    let planned = tokio::spawn(site.clone().run_policies(stop.clone()));
     let watched = tokio::spawn({
         let site = site.clone();
         async move { site.watch_certificates().await }
@@ -71,6 +75,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     tracing::info!("the site is stopping");
     stop.cancel();
     scheduled.abort(); // its QEMU goes with it
+    planned.abort();
     watched.abort();
     tokio::join!(site.primary.shutdown(), site.extensions.shutdown());
     site.trials.end_all().await;
@@ -109,11 +114,23 @@ async fn open(
         ReplicaPorts { store: store.clone(), peers: peers.clone() },
     )?;
     let config = Arc::new(config);
-    let backups = Arc::new(Backups::new(dir.to_owned(), config.clone(), store.clone(), events.clone()));
-    let window = Duration::from_secs(config.backup.window_min * 60);
-    let (policy, at_once) = (config.retry_policy(), config.backup.at_once);
+    let policies = Arc::new(Known::new(dir.to_owned(), config.clone()));
+    let backups = Backups::new(
+        dir.to_owned(),
+        config.clone(),
+        store.clone(),
+        events.clone(),
+        policies.clone(),
+        catalog.clone(),
+    );
+    let settings = jobs::Settings {
+        retry: config.retry_policy(),
+        window: Duration::from_secs(config.backup.window_min * 60),
+        limits: config.limits(),
+        history: Duration::from_secs(config.backup.history_days * 24 * 3600),
+    };
     let checked = catalog.clone();
-    let jobs = Jobs::open(catalog, policy, window, at_once, stop.clone(), backups)?;
+    let jobs = Jobs::open(catalog, settings, stop.clone(), Arc::new(backups))?;
     let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
     let exports = Arc::new(exports);
     let shown = exports.clone();
@@ -131,6 +148,7 @@ async fn open(
         extensions,
         store,
         jobs,
+        policies,
         exports,
         checks,
         turns: Turns::default(),

@@ -6,6 +6,7 @@ pub mod curves;
 pub mod failover;
 pub mod guest;
 pub mod io;
+pub mod nightly;
 pub mod replicate;
 pub mod resync;
 pub mod scale;

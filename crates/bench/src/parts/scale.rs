@@ -54,8 +54,8 @@ fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -
     say(&format!("{vms} VMs: starting daemons, protecting"));
     let fleet = Fleet::start(&folder, vms)?;
     let sites = Sites::start(&folder, &[])?;
-    fleet.protect(&sites)?;
-    let _writer = fleet.write();
+    fleet.protect(&sites, INTERVAL_S)?;
+    let _writer = fleet.write(INTERVAL_S);
     // A first round of changes is over before anything counts.
     std::thread::sleep(Duration::from_secs(INTERVAL_S + 10));
 
@@ -72,23 +72,23 @@ fn watch(arguments: &Arguments, vms: usize, time: Duration, table: &mut Table) -
 }
 
 /// A daemon for each VM, as each VM has a QEMU of its own.
-struct Fleet {
+pub(super) struct Fleet {
     daemons: Vec<StorageDaemon>,
 }
 
 impl Fleet {
-    fn start(folder: &Folder, vms: usize) -> anyhow::Result<Self> {
+    pub fn start(folder: &Folder, vms: usize) -> anyhow::Result<Self> {
         let start = |vm| StorageDaemon::start(&folder.join(&format!("d{vm}")), &[(DISK, DISK_BYTES)]);
         let daemons = (0..vms).map(start).collect::<Result<_, _>>()?;
         Ok(Self { daemons })
     }
 
     /// One after the other within an interval, so that their cycles are spread over it, as they are over days.
-    fn protect(&self, sites: &Sites) -> anyhow::Result<()> {
+    pub fn protect(&self, sites: &Sites, interval_s: u64) -> anyhow::Result<()> {
         let (started, pause) =
-            (Instant::now(), Duration::from_secs(INTERVAL_S) / self.daemons.len().max(1) as u32);
+            (Instant::now(), Duration::from_secs(interval_s) / self.daemons.len().max(1) as u32);
         for (vm, daemon) in (0..).zip(&self.daemons) {
-            sites.begin_to_protect(&format!("vm-{vm}"), daemon, DISK, &format!("{INTERVAL_S}s"))?;
+            sites.begin_to_protect(&format!("vm-{vm}"), daemon, DISK, &format!("{interval_s}s"))?;
             std::thread::sleep((pause * (vm + 1)).saturating_sub(started.elapsed()));
         }
         rig::wait_for("every VM to be replicating", PATIENCE, || {
@@ -101,12 +101,12 @@ impl Fleet {
     }
 
     /// A guest for all of them: each VM's changes, once in every interval.
-    fn write(&self) -> Writer {
+    pub fn write(&self, interval_s: u64) -> Writer {
         let disks: Vec<PathBuf> = self.daemons.iter().map(StorageDaemon::nbd).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
-            if let Err(error) = change_all(&disks, &stopped) {
+            if let Err(error) = change_all(&disks, interval_s, &stopped) {
                 say(&format!("the writer ended: {error:#}"));
             }
         });
@@ -114,7 +114,8 @@ impl Fleet {
     }
 }
 
-struct Writer {
+/// Writes until it is dropped.
+pub(super) struct Writer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -128,7 +129,7 @@ impl Drop for Writer {
     }
 }
 
-fn change_all(disks: &[PathBuf], stop: &AtomicBool) -> anyhow::Result<()> {
+fn change_all(disks: &[PathBuf], interval_s: u64, stop: &AtomicBool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut clients = Vec::new();
@@ -137,7 +138,7 @@ fn change_all(disks: &[PathBuf], stop: &AtomicBool) -> anyhow::Result<()> {
                 Client::connect(socket, DISK, &[]).await.with_context(|| socket.display().to_string())?,
             );
         }
-        let pause = Duration::from_secs(INTERVAL_S) / clients.len().max(1) as u32;
+        let pause = Duration::from_secs(interval_s) / clients.len().max(1) as u32;
         let mut turns = tokio::time::interval(pause);
         let mut random = Random::new(7);
         let mut bytes = vec![0; PIECE_BYTES as usize];

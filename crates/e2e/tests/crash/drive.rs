@@ -42,6 +42,8 @@ pub enum Drive {
     Backup,
     /// A backup into a repository that lacks the folders of packs.
     BackupToNewFolders,
+    /// The backups of a policy.
+    RunPolicy,
     /// An apply whose writes fail.
     ApplyFails,
     /// A start that finds a log which was renamed and is not in the catalog.
@@ -142,6 +144,7 @@ impl Drive {
             Remove => "unprotect at the replica",
             Backup => "a backup",
             BackupToNewFolders => "a backup that makes the folders of packs",
+            RunPolicy => "policy run",
             ApplyFails => "an apply whose writes fail",
             Adopt => "it starts after it died with a log renamed",
             Lose => "it starts with a base missing",
@@ -305,6 +308,16 @@ impl Drive {
             Withdraw => order(branch, &["unprotect", VM]),
             Remove => order(head, &["unprotect", VM]),
             Backup | BackupToNewFolders => order(head, &["backup", VM]),
+            RunPolicy => {
+                let policies = head.dir().join("policies");
+                std::fs::create_dir_all(&policies).map_err(trouble)?;
+                // Due on no day of a test, but when it is told to.
+                let policy = format!("vms = \"{VM}\"\nschedule = \"0 0 1 1 *\"\nrepository = \"local\"\n");
+                // A name of its own each time: VMs are selected once.
+                let name = format!("once-{}", std::fs::read_dir(&policies).map_err(trouble)?.count());
+                std::fs::write(policies.join(format!("{name}.toml")), policy).map_err(trouble)?;
+                order(head, &["policy", "run", &name])
+            }
             ApplyFails => {
                 let disks = pair.storage()?.join("disks");
                 tool(Command::new("mount").arg("--bind").args([&disks, &disks]))?;

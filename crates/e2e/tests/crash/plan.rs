@@ -101,6 +101,7 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("site::peer::admit", Head, Admit),
     ("site::peer::chang", Head, AllowPeer),
     ("site::peer::remov", Head, RemovePeer),
+    ("site::policy::", Head, RunPolicy),
     ("wire::identity::", Command, Init),
     ("wire::identity::next-", Head, NewKey),
     ("wire::identity::next-half-adopted", Head, AdoptKey),

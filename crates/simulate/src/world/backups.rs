@@ -189,10 +189,11 @@ impl World {
         self.coverage.hit(match &outcome {
             Outcome::Done(_) => format!("backups {:?}", job.wish.access),
             Outcome::Refused(refusal) => format!("backups refused {}", refusal.condition),
-            Outcome::Failed(_) => "backups that failed".into(),
+            Outcome::Faltered { .. } | Outcome::Failed(_) => "backups that failed".into(),
         });
         let policy = RetryPolicy::default();
-        let bounds = Bounds { policy: &policy, deadline: job.deadline, no_retry: job.wish.no_retry };
+        let (deadline, no_retry) = (job.deadline, job.wish.no_retry);
+        let bounds = Bounds { policy: &policy, deadline, no_retry, allowed_from: &Some };
         let (now, chance) = (self.clock(Side::Replica).now(), self.chance.unit());
         let mut refused = job.refused;
         let next = job::settle(&mut refused, outcome, bounds, now, chance);
@@ -201,7 +202,7 @@ impl World {
         }
         let (standing, ended) = match next {
             Next::Done(()) => (Standing::Done, "done"),
-            Next::Failed(_) => (Standing::Ended, "failed"),
+            Next::Failed(..) => (Standing::Ended, "failed"),
             Next::Refused(_, None) => (Standing::Ended, "refused, no retry"),
             Next::Refused(_, Some(model::GiveUp::Attempts)) => (Standing::Ended, "attempts used up"),
             Next::Refused(_, Some(model::GiveUp::Deadline)) => (Standing::Ended, "window over"),

@@ -196,6 +196,7 @@ impl Site {
                 view: Access::Pinned,
                 repository: repository.to_owned(),
                 no_retry,
+                pause: false,
             };
             self.jobs.run(request, reporter.clone())
         });
