@@ -107,11 +107,10 @@ pub fn shown(request: &PolicyRequest, answer: &Value) -> String {
         PolicyRequest::Show { .. } => policy(answer),
         PolicyRequest::Plan { .. } => plan(answer),
         PolicyRequest::Run { policy, .. } => {
-            let made = list(&answer["jobs"]).len();
-            let what = if made == 0 {
-                "No backup is begun; all are running".into()
-            } else {
-                format!("{made} backups are begun")
+            let what = match list(&answer["jobs"]).len() {
+                0 => "No backup is begun; all are under way".to_owned(),
+                1 => "One backup is begun".to_owned(),
+                made => format!("{made} backups are begun"),
             };
             format!(
                 "{what}: 'afterimage jobs' shows them, 'afterimage policy show {policy}' what came of them."
@@ -142,7 +141,8 @@ fn policies(policies: &[Value]) -> String {
         table(&["POLICY", "VMS", "NEXT", "UNTIL", "REPOSITORY", "PROMISE"], &rows)
     };
     for policy in broken {
-        let _ = writeln!(shown, "{} cannot be used: {}", text(&policy["name"]), text(&policy["error"]));
+        let _ =
+            writeln!(shown, "Policy {} cannot be used: {}", text(&policy["name"]), text(&policy["error"]));
     }
     shown
 }

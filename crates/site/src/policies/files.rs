@@ -114,7 +114,6 @@ fn tags(dir: &Path) -> Result<BTreeMap<String, VmPatterns>, Failure> {
 }
 
 /// The text of a new policy.
-#[must_use]
 pub fn template(vms: &str, at: &str, repository: &str) -> Result<String, Failure> {
     let refuse = |message: String| Failure::new(Code::Usage, message);
     let vms: VmPatterns =
