@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Repository;
 use crate::crypto::Cipher;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::id::Id;
 use crate::info::BackupInfo;
 use crate::list::{self, Chunk, index_of};
@@ -72,10 +72,10 @@ impl Cache {
 impl Repository {
     /// Opens a backup's disks for reading.
     pub fn reader(self: &Arc<Self>, backup: &BackupInfo) -> Result<BackupReader, Error> {
-        let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
+        let unread = |unread: Unread| unread.of_backup(backup.id);
         let lock = self.lock_to_read()?;
         self.load_index()?;
-        let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
+        let mut files = self.read_tree(&backup.tree).map_err(unread)?;
         let disks = backup.disks.iter().map(|disk| {
             let list = self.disk_list(&mut files, disk)?;
             let starts =
@@ -83,7 +83,7 @@ impl Repository {
             Ok(ReadDisk { disk: disk.clone(), starts: starts.collect(), list })
         });
         Ok(BackupReader {
-            disks: disks.collect::<Result<_, String>>().map_err(damaged)?,
+            disks: disks.collect::<Result<_, Unread>>().map_err(unread)?,
             repository: self.clone(),
             backup: backup.clone(),
             cache: Mutex::default(),
@@ -129,19 +129,22 @@ impl BackupReader {
                 out.fill(0);
                 continue;
             }
-            let raw = self.chunk(chunk).map_err(|why| Error::ChunkDamaged {
-                backup: self.backup.id.short(),
-                disk: disk.disk.name.clone(),
-                offset: *start,
-                len: chunk.bytes(),
-                why,
+            let raw = self.chunk(chunk).map_err(|unread| match unread {
+                Unread::Failed(error) => error,
+                Unread::Damaged(why) => Error::ChunkDamaged {
+                    backup: self.backup.id.short(),
+                    disk: disk.disk.name.clone(),
+                    offset: *start,
+                    len: chunk.bytes(),
+                    why,
+                },
             })?;
             out.copy_from_slice(&raw[index_of(piece.start - start)..index_of(piece.end - start)]);
         }
         Ok(())
     }
 
-    fn chunk(&self, chunk: &Chunk) -> Result<Arc<Vec<u8>>, String> {
+    fn chunk(&self, chunk: &Chunk) -> Result<Arc<Vec<u8>>, Unread> {
         if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&chunk.id) {
             return Ok(known);
         }

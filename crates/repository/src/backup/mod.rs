@@ -30,10 +30,12 @@ use crate::list;
 use crate::lock::Lock;
 use crate::manifest::{self, BackupDisk, DEFINITION_FILE, MANIFEST_FILE, Manifest};
 use crate::pack::{BlobKind, PackBuilder};
-use crate::rustic::{FileKind, RunSummary, Snapshot};
+use crate::rustic::{RunSummary, Snapshot};
 use crate::source::Source;
+use crate::storage::FileKind;
 use crate::tree::{self, TreeFile};
-use packer::{Packer, TreeBlob};
+pub(crate) use packer::Packer;
+use packer::TreeBlob;
 use run::Run;
 
 /// What is known of a backup before it is made.
@@ -132,9 +134,8 @@ impl Repository {
         made_at: Timestamp,
         full: &mut dyn FnMut(PackBuilder) -> Result<(), Error>,
     ) -> Result<(Vec<BackupDisk>, Id), Error> {
-        let encode = |error: serde_json::Error| {
-            Error::io("cannot encode a backup for", self.path(), io::Error::other(error))
-        };
+        let encode = |error: serde_json::Error| self.store.failed_here("cannot encode a backup for", error);
+        let compress = |error: io::Error| self.store.failed_here("cannot compress for", error);
         let (mut disks, mut files) = (Vec::new(), Vec::new());
         for (disk, plan) in source.disks().iter().zip(run.plans) {
             let list = plan.finished_list();
@@ -165,12 +166,10 @@ impl Repository {
             let content = run.store_file(&json, full)?;
             files.push(TreeFile { name: name.into(), size_bytes: json.len() as u64, content });
         }
-        let mut blob = TreeBlob::new(self.store.cipher().clone())
-            .map_err(|source| Error::io("cannot compress for", self.path(), source))?;
-        tree::encode(&files.iter().collect::<Vec<_>>(), meta.point.taken_at, &mut blob)
-            .map_err(|source| Error::io("cannot compress for", self.path(), source))?;
+        let mut blob = TreeBlob::new(self.store.cipher().clone()).map_err(compress)?;
+        tree::encode(&files.iter().collect::<Vec<_>>(), meta.point.taken_at, &mut blob).map_err(compress)?;
         drop(files);
-        let blob = blob.finish().map_err(|source| Error::io("cannot compress for", self.path(), source))?;
+        let blob = blob.finish().map_err(compress)?;
         let id = blob.id;
         if self.index().tree(&id).is_none_or(|location| !location.present) {
             let mut pack = PackBuilder::new(BlobKind::Tree, Aligned::default());
@@ -180,13 +179,8 @@ impl Repository {
         Ok((disks, id))
     }
 
-    /// Writes the snapshot file. From here on the backup is listed.
-    fn list_backup(
-        &self,
-        backup: &BackupInfo,
-        packer: &Packer<'_>,
-        chunks_added: u64,
-    ) -> Result<BackupId, Error> {
+    /// What a listing shows of a backup.
+    pub(crate) fn describe(&self, backup: &BackupInfo) -> Result<String, Error> {
         let meta = BackupMeta {
             vm: backup.vm,
             vm_name: backup.vm_name.clone(),
@@ -199,8 +193,18 @@ impl Repository {
             bytes_added: backup.bytes_added,
             seconds: backup.seconds,
         };
-        let description = serde_json::to_string(&description)
-            .map_err(|error| Error::io("cannot encode a backup for", self.path(), io::Error::other(error)))?;
+        serde_json::to_string(&description)
+            .map_err(|error| self.store.failed_here("cannot encode a backup for", error))
+    }
+
+    /// Writes the snapshot file. From here on the backup is listed.
+    fn list_backup(
+        &self,
+        backup: &BackupInfo,
+        packer: &Packer<'_>,
+        chunks_added: u64,
+    ) -> Result<BackupId, Error> {
+        let description = self.describe(backup)?;
         let consistency = match backup.point.consistency {
             model::Consistency::Application => "application",
             model::Consistency::Crash => "crash",
@@ -285,10 +289,7 @@ impl Closing for Ending<'_> {
 
     fn check_run(&mut self) -> Result<(), Error> {
         self.run.check_cancel()?;
-        if self.lock.is_held() {
-            return Ok(());
-        }
-        Err(Error::LockLost { path: self.repository.path().to_owned() })
+        self.lock.check()
     }
 
     fn list(self) -> Result<BackupReport, Error> {
