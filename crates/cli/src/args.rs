@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::group::GroupMember;
 use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
 
+use crate::repository_args::RepositoryCommand;
 use crate::{groups, when};
 
 pub use crate::peer_args::{Entry, Identity, Peer};
@@ -148,6 +149,9 @@ pub enum Command {
         #[command(flatten)]
         repository: RepositoryArgument,
     },
+    /// Repositories: where they are, check, prune, copies, passwords and keys, locks.
+    #[command(subcommand)]
+    Repository(RepositoryCommand),
     /// Keep the flat files of a replica quiet, for another backup product.
     Hold {
         vm: VmName,

@@ -1,7 +1,7 @@
 //! The command `afterimage`: arguments in, tables or JSON out, exit statuses that scripts can rely on.
 //!
 //! What a running site has to do it is asked over its control socket; what only reads a repository
-//! (`backups`, `restore`, `verify`) is done here, so that a backup can be restored when nothing else runs.
+//! (`backups`, `restore`, `verify`, `repository`) is done here, so that a backup can be restored when nothing else runs.
 
 mod args;
 mod demo;
@@ -14,6 +14,8 @@ mod peers;
 mod points;
 mod progress;
 mod repositories;
+mod repository_args;
+mod repository_commands;
 mod show;
 mod when;
 
@@ -123,6 +125,7 @@ async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
                 .await
                 .map(Some)
         }
+        Command::Repository(command) => repository_commands::command(arguments, command).await.map(Some),
         Command::Demo { keep } => demo::run(arguments, *keep).await.map(Some),
         command => ask(arguments, command).await.map(Some),
     }
@@ -223,6 +226,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         | Command::Backups { .. }
         | Command::Restore(_)
         | Command::Verify { .. }
+        | Command::Repository(_)
         | Command::Demo { .. } => {
             return Err(Failure::new(Code::Internal, "this command is not for a running site"));
         }

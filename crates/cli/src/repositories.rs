@@ -20,12 +20,20 @@ use crate::show;
 const SHOW_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Opens a repository of the site in `dir`.
-fn open(dir: &Path, name: &str) -> Result<Repository, Failure> {
+pub fn open(dir: &Path, name: &str) -> Result<Repository, Failure> {
     site::open_repository(dir, &Config::load(dir)?, name)
 }
 
+/// Runs what takes a while on a thread of its own.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    outcome.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
+}
+
 /// Runs what reads much on a thread of its own; SIGINT ends it.
-async fn run<T: Send + 'static>(
+pub async fn run<T: Send + 'static>(
     arguments: &Arguments,
     what: &str,
     work: impl FnOnce(&dyn Fn(repository::Progress), &AtomicBool) -> Result<T, Failure> + Send + 'static,

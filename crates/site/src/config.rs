@@ -4,14 +4,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use boot::{Accelerator, NetworkMap};
 use model::{CycleBackoff, HealthThresholds, RetryPolicy, WINDOW_HOURS_MAX};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::failure::{Code, Failure};
+use crate::repositories::RepositorySettings;
 
 /// The name of the repository that `init` makes.
 pub const LOCAL_REPOSITORY: &str = "local";
@@ -205,16 +206,6 @@ impl Default for Boot {
     }
 }
 
-/// One repository.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct RepositorySettings {
-    /// Where it is; a relative path starts at the site's folder.
-    pub path: PathBuf,
-    /// The file with its password, likewise.
-    pub password_file: PathBuf,
-}
-
 impl Config {
     /// Reads and checks `DIR/config.toml`.
     pub fn load(dir: &Path) -> Result<Self, Failure> {
@@ -270,6 +261,9 @@ impl Config {
             ("boot.within-s", self.boot.within_s, 1..=86_400),
             ("boot.kept", u64::from(self.boot.kept), 1..=1000),
         ];
+        for (name, settings) in &self.repositories {
+            settings.check().map_err(|why| format!("repository {name}: {why}"))?;
+        }
         for (setting, value, range) in ranges {
             if !range.contains(&value) {
                 let (least, most) = (range.start(), range.end());
@@ -337,7 +331,7 @@ impl Config {
                 format!("the config has no repository named {name:?}; it has: {}", known.join(", ")),
             )
         })?;
-        Ok(RepositorySettings { path: dir.join(&found.path), password_file: dir.join(&found.password_file) })
+        Ok(found.within(dir))
     }
 }
 
@@ -413,6 +407,12 @@ every-h = {every}                # check the newest point of each replica so oft
 [repositories.{LOCAL_REPOSITORY}]
 path = "repository"
 password-file = "repository.password"
+# Others, on servers (docs/repositories.md):
+# [repositories.offsite]
+# url = "s3:https://s3.example.org/bucket/prefix"   # or "rest:https://host:8000/path/", "sftp:user@host:/folder"
+# user = "access key id"                            # of REST servers, the user
+# secret-file = "offsite.secret"                    # or secret-command = ["program", "argument"], secret-env = "NAME"
+# password-command = ["pass", "show", "offsite"]    # or password-file, password-env
 "#,
         level = replication.compression_level,
         initial = replication.initial_log_mib,

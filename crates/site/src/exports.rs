@@ -18,11 +18,12 @@ use repository::BackupReader;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::backup::{open_repository, replica_named};
+use crate::backup::replica_named;
 use crate::config::Config;
 use crate::failure::{Code, Failure};
 use crate::points::point_or_newest;
 use crate::random;
+use crate::repositories::open_repository;
 use crate::request::{Export, Exported};
 
 /// The exports of a site.

@@ -151,7 +151,7 @@ impl From<repository::Error> for Failure {
         match error.kind() {
             Kind::BackupNotFound | Kind::BackupAmbiguous => Self::new(Code::NoSuchBackup, message),
             Kind::Damaged => Self::new(Code::Damaged, message),
-            Kind::Locked | Kind::Revoked => Self::transient(Code::Repository, message),
+            Kind::Locked | Kind::Revoked | Kind::Unavailable => Self::transient(Code::Repository, message),
             Kind::Cancelled => Self::new(Code::Stopped, message),
             Kind::NoSpace | Kind::FileExists | Kind::Io => Self::new(Code::Io, message),
             Kind::Source => Self::new(Code::Replica, message),

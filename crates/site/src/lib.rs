@@ -33,6 +33,7 @@ mod media;
 mod peers;
 mod points;
 mod random;
+mod repositories;
 mod request;
 mod running;
 mod seeds;
@@ -44,14 +45,14 @@ mod trust;
 mod turn;
 mod usage;
 
-pub use backup::open_repository;
 pub use clock::rfc3339;
-pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
+pub use config::{Config, LOCAL_REPOSITORY};
 pub use control::ask;
 pub use entry::{Change, EntryChange};
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
 pub use primary::Changes;
+pub use repositories::{RepositorySettings, named, open_repository};
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,
     Progress, Protect, Request, Reverse, SeedRequest,
