@@ -268,7 +268,7 @@ struct BlobJson {
     kind: KindJson,
     offset: u32,
     length: u32,
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, deserialize_with = "or_zero", skip_serializing_if = "is_zero")]
     uncompressed_length: u32,
 }
 
@@ -277,6 +277,11 @@ struct BlobJson {
 enum KindJson {
     Data,
     Tree,
+}
+
+/// rustic writes `null` for what is not compressed, restic nothing.
+fn or_zero<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
