@@ -11,6 +11,7 @@ use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy
 
 use crate::{groups, when};
 
+pub use crate::configure::Configure;
 pub use crate::peer_args::{Entry, Identity, Peer};
 
 /// Keeps a replica of every running QEMU/KVM virtual machine at another site, and backs up the replica.
@@ -99,12 +100,8 @@ pub enum Command {
         #[arg(long)]
         cancel: bool,
     },
-    /// Change how a VM is protected.
-    Configure {
-        vm: VmName,
-        #[command(flatten)]
-        passes: PassArguments,
-    },
+    /// Change how a VM is protected; at a replica's site, how that is passed on. What is not named stays as it is.
+    Configure(Configure),
     /// At the replica's site: what its replicas are made of.
     #[command(subcommand)]
     Replica(Replica),

@@ -4,6 +4,7 @@
 //! (`backups`, `restore`, `verify`) is done here, so that a backup can be restored when nothing else runs.
 
 mod args;
+mod configure;
 mod demo;
 mod failover;
 mod groups;
@@ -171,7 +172,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Pause { vm } => Request::Pause { vm: vm.clone() },
         Command::Resume { vm } => Request::Resume { vm: vm.clone() },
         Command::Resync { vm, cancel } => Request::Resync { vm: vm.clone(), cancel: *cancel },
-        Command::Configure { vm, passes } => when::configure(vm, passes)?,
+        Command::Configure(configure) => configure.request()?,
         Command::Replica(replica) => when::replica(replica)?,
         Command::Sync { target } => match groups::target(target)? {
             Aim::Vm(vm) => Request::Sync { vm },

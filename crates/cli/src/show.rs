@@ -249,6 +249,15 @@ fn details(vm: &Value) -> String {
     if vm["interval_s"].is_u64() {
         line("interval", format!("{} s, {} hourly points", number(&vm["interval_s"]), number(&vm["points"])));
     }
+    if vm["app_every_s"].is_u64() {
+        line("application", format!("a consistent point every {}", seconds(&vm["app_every_s"])));
+    }
+    if vm["bandwidth_bytes_per_s"].is_u64() {
+        line("bandwidth", format!("at most {}/s", bytes(&vm["bandwidth_bytes_per_s"])));
+    }
+    if let Some(sign) = vm["sign_of_life"].as_str() {
+        line("shows life", sign.to_owned());
+    }
     if let Some(group) = vm["group"].as_str() {
         line("group", format!("{group}; 'afterimage group show {group}'"));
     }

@@ -17,6 +17,7 @@ mod backoff;
 pub mod backup;
 mod base;
 pub mod bitmaps;
+mod change;
 mod consistency;
 mod cycle;
 mod expiry;
@@ -34,6 +35,7 @@ mod time;
 
 pub use backoff::CycleBackoff;
 pub use base::BaseState;
+pub use change::Change;
 pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, choose_point};
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
 pub use expiry::{EXPIRY_WARNING, Expiry, expiry};

@@ -17,6 +17,7 @@
 
 mod ahead;
 mod compress;
+mod configure;
 mod cover;
 mod cycle;
 mod digests;
@@ -43,7 +44,7 @@ use std::time::Duration;
 use catalog::Catalog;
 use model::{
     Assessment, CycleBackoff, CycleTally, DiskName, GroupName, Health, HealthThresholds, InitialStart,
-    LastError, LogNumber, MayRun, Phase, ResyncPolicy, ResyncReason, Sum, Timestamp, VmId, VmName,
+    LastError, LogNumber, MayRun, Phase, ResyncReason, Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -51,6 +52,7 @@ use wire::HandedOver;
 
 pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
+pub use crate::configure::Changes;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
 use crate::group::{GroupRow, Handles, Running};
@@ -99,15 +101,6 @@ pub struct ProtectRequest {
     /// How its initial replication is to begin.
     #[serde(default)]
     pub initial: InitialStart,
-}
-
-/// What a person wants to have otherwise for a protected VM.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Changes {
-    /// When both sides are compared without being asked.
-    pub resync: Option<ResyncPolicy>,
-    /// How its initial replication is to begin.
-    pub initial: Option<InitialStart>,
 }
 
 /// What there is to say of a protected VM.
@@ -293,8 +286,7 @@ impl<P: Ports> Primary<P> {
         self.order(name, Order::CancelResync, WhenRunning::Stop).await
     }
 
-    /// Changes how a VM is protected.
-    pub async fn configure(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {
+    pub(crate) async fn order_configured(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {
         self.order(name, |done| Order::Configure(changes, done), WhenRunning::Wait).await
     }
 

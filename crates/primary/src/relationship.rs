@@ -388,6 +388,19 @@ impl<P: Ports> Relationship<P> {
         Ok(())
     }
 
+    /// What the replica's site is told has changed: the next cycle is due at once, and begins with an offer.
+    pub(crate) fn square_up_anew(&mut self) {
+        self.squared = false;
+        self.book_now();
+        self.owed = Owed::from(self.next_at);
+    }
+
+    /// The next connection to the VM is a new one.
+    pub(crate) fn let_go_of_guest(&mut self) {
+        self.guest = None;
+        self.squared = false;
+    }
+
     /// The next cycle is due at once.
     pub(crate) fn book_now(&mut self) {
         self.book(Duration::ZERO);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use model::DiskName;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use qemu::Seat;
 use wire::HandedOver;
@@ -72,10 +72,7 @@ impl Handle {
 }
 
 async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Receiver<Order>) {
-    let [shortest, longest] = LOOK_INTERVALS;
-    let mut looks =
-        tokio::time::interval((relationship.row().settings.interval / 3).clamp(shortest, longest));
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut looks = looks_every(relationship.row().settings.interval);
     loop {
         let due = relationship.due_in();
         tokio::select! {
@@ -105,7 +102,14 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
                     let _ = done.send(outcome);
                 }
                 Some(Order::Join(membership)) => relationship.join_group(membership),
-                Some(order) => obey(&mut relationship, order).await,
+                Some(order) => {
+                    let before = relationship.row().settings.interval;
+                    obey(&mut relationship, order).await;
+                    let interval = relationship.row().settings.interval;
+                    if interval != before {
+                        looks = looks_every(interval);
+                    }
+                }
             },
             () = sleep_for(due) => {
                 if !relationship.has_sent_everything().await {
@@ -116,6 +120,13 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
         }
         relationship.publish();
     }
+}
+
+fn looks_every(interval: Duration) -> Interval {
+    let [shortest, longest] = LOOK_INTERVALS;
+    let mut looks = tokio::time::interval((interval / 3).clamp(shortest, longest));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    looks
 }
 
 async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {

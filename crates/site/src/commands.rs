@@ -79,7 +79,7 @@ impl Commands for Site {
             Request::Sync { vm } if self.is_extended(&vm) => self.of_primary(self.extensions.sync(&vm).await),
             Request::Resync { vm, cancel: false } => self.of_primary(self.primary.resync(&vm).await),
             Request::Resync { vm, cancel: true } => self.of_primary(self.primary.cancel_resync(&vm).await),
-            Request::Configure { vm, changes } => self.of_primary(self.primary.configure(&vm, changes).await),
+            Request::Configure { vm, changes } => self.configure(&vm, *changes).await,
             Request::Seed(request) => self.seed_replica(request).await,
             Request::Import { dir } => self.import_media(dir, &reporter).await,
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
@@ -168,7 +168,7 @@ impl Site {
     }
 
     /// Whether a VM is one whose replica is passed on from here.
-    fn is_extended(&self, vm: &VmName) -> bool {
+    pub(crate) fn is_extended(&self, vm: &VmName) -> bool {
         self.primary.get(vm).is_none() && self.extensions.get(vm).is_some()
     }
 

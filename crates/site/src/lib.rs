@@ -48,9 +48,10 @@ pub use backup::open_repository;
 pub use clock::rfc3339;
 pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
-pub use entry::{Change, EntryChange};
+pub use entry::EntryChange;
 pub use failure::{Code, Failure};
 pub use init::{Made, init};
+pub use model::Change;
 pub use primary::Changes;
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,

@@ -357,8 +357,9 @@ pub(crate) fn no_such_peer(name: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use model::Change;
+
     use super::*;
-    use crate::entry::Change;
 
     #[tokio::test]
     async fn an_invite_is_good_once() {

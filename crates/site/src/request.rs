@@ -135,7 +135,7 @@ pub enum Request {
         /// The VM.
         vm: VmName,
         /// What is to be otherwise.
-        changes: primary::Changes,
+        changes: Box<primary::Changes>,
     },
     /// At the replica's site: images that the replica of a VM is to begin with.
     Seed(SeedRequest),

@@ -90,6 +90,14 @@ pub struct PrimarySide {
     /// The media that its initial replication goes by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub media: Option<MediaView>,
+    /// Seconds between application-consistent points.
+    pub app_every_s: Option<u64>,
+    /// The guest agent's socket, where one was named.
+    pub guest_agent: Option<String>,
+    /// The most that is sent, in bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// What shows that the VM has booted, for boot checks of its replica.
+    pub sign_of_life: Option<String>,
     /// When the next one is due.
     #[serde(serialize_with = "serialize_moment")]
     pub next_cycle_at: Timestamp,
@@ -262,6 +270,10 @@ impl VmView {
                 resync: settings.resync,
                 resync_reason: status.passes.why.as_ref().map(ToString::to_string),
                 media: MediaView::of_primary(status),
+                app_every_s: settings.app_every.map(|every| every.as_secs()),
+                guest_agent: settings.guest_agent.as_ref().map(|socket| socket.display().to_string()),
+                bandwidth_bytes_per_s: settings.bandwidth_bytes_per_s,
+                sign_of_life: settings.sign_of_life.clone(),
                 next_cycle_at: status.next_at,
                 last_cycle: status.last_cycle.as_ref().map(CycleView::of),
                 sent_bytes: status.sent_bytes,
