@@ -168,13 +168,8 @@ pub enum Command {
     /// Start a VM from its replica, or go back.
     #[command(subcommand)]
     Failover(Failover),
-    /// Move a replica's storage to another folder.
-    Migrate {
-        vm: VmName,
-        /// The folder; it is made if it is not there.
-        #[arg(long, value_name = "DIR")]
-        storage: PathBuf,
-    },
+    /// Move a replica: its storage to another folder, or all of it to another site.
+    Migrate(Migrate),
     /// How cycles went in the monitoring window: done, missed and failed, sizes and latencies, the last error.
     Measurements {
         /// Of one VM only.
@@ -198,6 +193,20 @@ pub enum Command {
         #[arg(long)]
         keep: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    pub vm: VmName,
+    /// At the replica's site: the folder that its storage is moved to; it is made if it is not there.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["to_site", "cancel"])]
+    pub storage: Option<PathBuf>,
+    /// Where the VM runs: the peer that is to have the replica from now on. It goes there from the site that has it.
+    #[arg(long, value_name = "PEER", conflicts_with_all = ["storage", "cancel"])]
+    pub to_site: Option<String>,
+    /// End a move to another site: the replica stays where it is.
+    #[arg(long, conflicts_with = "storage")]
+    pub cancel: bool,
 }
 
 #[derive(Debug, Args)]

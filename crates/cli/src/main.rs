@@ -216,7 +216,10 @@ fn request(command: &Command) -> Result<Request, Failure> {
         }
         Command::Checks { vm } => Request::Checks { vm: vm.clone() },
         Command::Failover(failover) => Request::Failover(failover::request(failover)?),
-        Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+        Command::Migrate(args::Migrate { vm, storage, to_site, .. }) => match storage {
+            Some(storage) => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+            None => Request::Relocate { vm: vm.clone(), to: to_site.clone() },
+        },
         Command::Measurements { vm, reset, .. } => Request::Measurements { vm: vm.clone(), reset: *reset },
         Command::Events { count } => Request::Events { count: *count },
         Command::Init { .. }

@@ -20,7 +20,7 @@ impl World {
     fn refused(&self, more: &[&str], status: i32) -> String {
         let before = self.branch.vm(VM).unwrap();
         let output = self.branch.run(&[&["configure", VM], more].concat()).unwrap();
-        assert_eq!(i32::from(output.status), status, "{more:?}: {output:?}");
+        assert_eq!(output.status, status, "{more:?}: {output:?}");
         let after = self.branch.vm(VM).unwrap();
         for key in ["interval_s", "points", "app_every_s", "bandwidth_bytes_per_s", "peer"] {
             assert_eq!(before[key], after[key], "{more:?}: nothing has changed");

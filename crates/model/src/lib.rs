@@ -47,7 +47,7 @@ pub use measure::{
     CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
 };
 pub use phase::{ApplyState, Phase, Progress, Purpose, ResyncReason, Side, TRANSITIONS, Transition};
-pub use points::{PinnedPoint, PointRef, UnknownPoint, find_point};
+pub use points::{PinnedPoint, PointRef, TravellingPin, UnknownPoint, find_point};
 pub use resync::{
     DailyWindow, INITIAL_AHEAD_MAX, InitialStart, MayRun, PolicyError, ResyncPolicy, ResyncWord,
     check_initial_start, may_run,

@@ -172,6 +172,7 @@ mod tests {
             bandwidth_bytes_per_s: Some(1_000_000),
             sign_of_life: None,
             excluded: Vec::new(),
+            relocating: None,
             resync: ResyncPolicy::Automatic,
         }
     }

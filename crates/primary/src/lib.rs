@@ -33,6 +33,7 @@ mod protect;
 mod read;
 mod real;
 mod relationship;
+mod relocate;
 mod rows;
 mod runner;
 mod ship;
@@ -48,7 +49,7 @@ use model::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
-use wire::HandedOver;
+use wire::{HandedOver, KeyId, Relocation};
 
 pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
@@ -62,7 +63,7 @@ pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
 pub use crate::real::{PeerClients, Real, WireRemote, random_id};
 pub use crate::relationship::{Relationship, Shared, Stopper};
-pub use crate::rows::{Image, KnownDisk, Media, Passes, Protected, Settings, Written};
+pub use crate::rows::{Image, KnownDisk, Media, Passes, Protected, Relocating, Settings, Written};
 use crate::runner::{Handle, Order};
 pub use qemu::{DomainAddress, Monitor};
 
@@ -150,6 +151,9 @@ pub struct VmStatus {
     pub group: Option<GroupName>,
     /// The moment of the newest application-consistent point.
     pub app_at: Option<Timestamp>,
+    /// How far its move to another site is, as the site that has it told last; see [`Settings::relocating`].
+    #[serde(default)]
+    pub relocation: Relocation,
 }
 
 impl VmStatus {
@@ -177,6 +181,7 @@ impl VmStatus {
             last_error: None,
             group: None,
             app_at: row.app_at,
+            relocation: Relocation::default(),
         }
     }
 }
@@ -284,6 +289,14 @@ impl<P: Ports> Primary<P> {
     /// Ends a resynchronization: it is required as before, and waits for a person or the next window.
     pub async fn cancel_resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::CancelResync, WhenRunning::Stop).await
+    }
+
+    pub(crate) async fn order_relocated(
+        &self,
+        name: &VmName,
+        to: Option<(String, KeyId)>,
+    ) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::Relocate(to, done), WhenRunning::Wait).await
     }
 
     pub(crate) async fn order_configured(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {

@@ -14,6 +14,7 @@ use model::{
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
+use wire::KeyId;
 
 use crate::error::Failure;
 
@@ -76,6 +77,29 @@ pub struct Settings {
     /// When both sides are compared without being asked.
     #[serde(default)]
     pub resync: ResyncPolicy,
+    /// The replica moves to another peer, or has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relocating: Option<Relocating>,
+}
+
+/// A replica's move to another site, as its primary steers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Relocating {
+    /// It is to be at that peer, whose key is this.
+    To {
+        /// The peer.
+        peer: String,
+        /// Its key, by which the other sites know it.
+        key: KeyId,
+    },
+    /// It is, and the peer that had it before has not heard of it yet.
+    From {
+        /// The peer that had it.
+        peer: String,
+        /// The key of the one that has it.
+        key: KeyId,
+    },
 }
 
 /// What a person has said of the pass that is under way or to come, and why it is to be.
@@ -397,6 +421,7 @@ mod tests {
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
                 excluded: vec!["cd0".into()],
+                relocating: None,
                 resync: "22:00-06:00".parse().unwrap(),
             },
             disks: vec![KnownDisk {

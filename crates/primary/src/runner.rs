@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, MissedTickBehavior};
 
 use qemu::Seat;
-use wire::HandedOver;
+use wire::{HandedOver, KeyId};
 
 use crate::error::Failure;
 use crate::group::Membership;
@@ -30,6 +30,8 @@ pub(crate) enum Order {
     RemoveDisks(Vec<DiskName>, oneshot::Sender<Result<(), Failure>>),
     CancelResync(oneshot::Sender<Result<(), Failure>>),
     Configure(Changes, oneshot::Sender<Result<(), Failure>>),
+    /// Have the replica moved to this peer, or no more.
+    Relocate(Option<(String, KeyId)>, oneshot::Sender<Result<(), Failure>>),
     /// Give the VM to the replica's site.
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
@@ -139,6 +141,7 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
         Order::CancelResync(done) => (done, relationship.cancel_resync().await),
         Order::Configure(changes, done) => (done, relationship.configure(changes).await),
+        Order::Relocate(to, done) => (done, relationship.relocate(to).await),
         Order::CheckOff(done) => (done, relationship.check_off().await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..)

@@ -100,6 +100,7 @@ impl Commands for Site {
             Request::Failover(request) => self.failover(request, &reporter).await,
             Request::Group(request) => self.group(request, &reporter).await,
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
+            Request::Relocate { vm, to } => self.relocate(&vm, to).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
             Request::Check(check) => self.checks.run(check).await,
@@ -136,6 +137,7 @@ impl Site {
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
             sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
             excluded: protect.excluded,
+            relocating: None,
             resync: protect.resync,
         };
         let request = ProtectRequest { name, settings, initial: protect.initial };
@@ -152,7 +154,7 @@ impl Site {
             return Err(primary::Error::Exists(name).into());
         }
         let client = self.peers.client(&peer).ok_or_else(|| no_such_peer(&peer))?;
-        let taken = client.take_over(&name).await.map_err(|error| Failure {
+        let taken = client.take_over(&name, None).await.map_err(|error| Failure {
             transient: error.transient(),
             ..Failure::new(Code::Peer, error.to_string())
         })?;

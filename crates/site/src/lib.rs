@@ -33,6 +33,7 @@ mod media;
 mod peers;
 mod points;
 mod random;
+mod relocate;
 mod request;
 mod running;
 mod seeds;

@@ -216,6 +216,13 @@ pub enum Request {
         /// The new folder.
         storage: PathBuf,
     },
+    /// At the primary's site: moves a replica to another site.
+    Relocate {
+        /// The VM.
+        vm: VmName,
+        /// The peer that it is moved to; none ends a move.
+        to: Option<String>,
+    },
     /// What the monitoring windows come to.
     Measurements {
         /// Of one VM only.

@@ -78,6 +78,10 @@ pub enum Drive {
     Extend,
     /// and once more.
     ExtendedSync,
+    /// The replica moves to a third site,
+    MoveAway,
+    /// and back from there, with a point that is pinned.
+    MoveBack,
     /// The VM is put into a group,
     MakeGroup,
     /// and a moment of it is fixed.
@@ -159,6 +163,8 @@ impl Drive {
             MeasuredHere | MeasuredThere => "measurements --reset",
             Extend => "extend",
             ExtendedSync => "a cycle of an extension",
+            MoveAway => "migrate --to-site",
+            MoveBack => "migrate --to-site, to this site",
             MakeGroup => "group create",
             GroupMoment => "sync --group",
             Invite => "peer invite",
@@ -220,6 +226,12 @@ impl Drive {
                 pair.third_site()?;
                 pair.head.ok(&["extend", VM, "--to", "far"])?;
                 pair.passed_on()
+            }
+            MoveAway => pair.site_to_move_to(),
+            MoveBack => {
+                pair.site_to_move_to()?;
+                pair.head.ok(&["pin", VM, "latest", "--name", PINNED])?;
+                pair.move_to("far")
             }
             AdoptKey => pair.die_first("wire::identity::next-key-adopted", NewKey),
             TakeOver => {
@@ -338,6 +350,8 @@ impl Drive {
                 branch.run(&["sync", VM])?;
                 order(head, &["sync", VM])
             }
+            MoveAway => order(branch, &["migrate", VM, "--to-site", "far"]),
+            MoveBack => order(branch, &["migrate", VM, "--to-site", "head"]),
             MakeGroup => order(branch, &["group", "create", GROUP, VM]),
             GroupMoment => {
                 // A VM whose last cycle has failed takes part again when one has ended well.
@@ -454,6 +468,12 @@ impl Drive {
                 if fine { Ok(()) } else { Err(trouble(format!("{removed:?}"))) }
             }
             Extend | ExtendedSync => pair.end_extension(),
+            // Wherever it was cut off: it goes on to its end, and then the other way.
+            MoveAway => pair.move_to("far").and_then(|()| pair.move_to("head")),
+            MoveBack => {
+                pair.move_to("head")?;
+                pair.head.ok(&["unpin", VM, PINNED]).map(drop)
+            }
             TakeOver => {
                 if pair.head.vm(VM)?["peer"] == "depot" {
                     // Done, whether somebody was told or not: and so it is taken back.

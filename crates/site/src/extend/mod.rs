@@ -56,6 +56,7 @@ impl Site {
             bandwidth_bytes_per_s,
             sign_of_life: None,
             excluded: Vec::new(),
+            relocating: None,
             resync: ResyncPolicy::Automatic,
         };
         let request = ProtectRequest { name: name.clone(), settings, initial: InitialStart::Now };
