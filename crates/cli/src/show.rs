@@ -260,7 +260,8 @@ fn details(vm: &Value) -> String {
         line("application", format!("a consistent point every {}", seconds(&vm["app_every_s"])));
     }
     if vm["bandwidth_bytes_per_s"].is_u64() {
-        line("bandwidth", format!("at most {}/s", bytes(&vm["bandwidth_bytes_per_s"])));
+        let rate = vm["bandwidth_bytes_per_s"].as_u64().unwrap_or_default();
+        line("bandwidth", format!("at most {}/s", indicatif::DecimalBytes(rate)));
     }
     if let Some(sign) = vm["sign_of_life"].as_str() {
         line("shows life", sign.to_owned());
