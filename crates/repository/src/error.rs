@@ -32,6 +32,10 @@ pub enum ErrorKind {
     NoSpace,
     /// A file that would be written is there already.
     FileExists,
+    /// What would be written over is in use.
+    TargetInUse,
+    /// What would be written over cannot take the disk.
+    TargetUnfit,
     /// A program that is needed is missing or failed.
     Program,
     /// The request makes no sense, or is not supported.
@@ -57,6 +61,8 @@ impl ErrorKind {
             Self::Cancelled => "cancelled",
             Self::NoSpace => "no-space",
             Self::FileExists => "file-exists",
+            Self::TargetInUse => "target-in-use",
+            Self::TargetUnfit => "target-unfit",
             Self::Program => "program-missing",
             Self::Unsupported => "unsupported",
             Self::Io => "io-error",
@@ -185,7 +191,7 @@ pub enum Error {
         why: String,
     },
     /// The caller asked to stop.
-    #[error("cancelled; nothing was left behind")]
+    #[error("cancelled")]
     Cancelled,
     /// No room left.
     #[error("no space left while writing {}; make room and try again", .path.display())]
@@ -198,6 +204,50 @@ pub enum Error {
     FileExists {
         /// Which.
         path: PathBuf,
+    },
+    /// A device, or a file with something in it, would be written over.
+    #[error("what is on {} would be written over; if it may go, say so with --overwrite", .path.display())]
+    TargetNotEmpty {
+        /// Which.
+        path: PathBuf,
+    },
+    /// What would be written over is in use.
+    #[error("{} is in use by {by}; nothing was written. End that first, or restore to another place", .path.display())]
+    TargetInUse {
+        /// Which.
+        path: PathBuf,
+        /// By what.
+        by: String,
+    },
+    /// What would be written over is too small.
+    #[error("{} has {has_bytes} bytes, disk {disk} needs {needs_bytes}; make it larger, or restore to another place", .path.display())]
+    TargetTooSmall {
+        /// Which.
+        path: PathBuf,
+        /// The disk.
+        disk: DiskName,
+        /// Its size.
+        has_bytes: u64,
+        /// The disk's.
+        needs_bytes: u64,
+    },
+    /// What would be written over must not be.
+    #[error("disks cannot be restored onto {}: {why}", .path.display())]
+    TargetUnfit {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// A restore ended in the middle of a target.
+    #[error("{} is a mix of what it was and of disk {disk} of the backup, do not use it: {source}. Run the same restore again; it goes on where it was", .path.display())]
+    HalfWritten {
+        /// Which.
+        path: PathBuf,
+        /// The disk.
+        disk: DiskName,
+        /// Why it ended.
+        source: Box<Error>,
     },
     /// A program that is needed is missing.
     #[error("the program '{program}' is missing; install it with '{install}'")]
@@ -251,11 +301,18 @@ impl Error {
             Self::Revoked { .. } => ErrorKind::Revoked,
             Self::Cancelled => ErrorKind::Cancelled,
             Self::NoSpace { .. } => ErrorKind::NoSpace,
-            Self::FileExists { .. } => ErrorKind::FileExists,
+            Self::FileExists { .. } | Self::TargetNotEmpty { .. } => ErrorKind::FileExists,
+            Self::TargetInUse { .. } => ErrorKind::TargetInUse,
+            Self::TargetTooSmall { .. } | Self::TargetUnfit { .. } => ErrorKind::TargetUnfit,
+            Self::HalfWritten { source, .. } => source.kind(),
             Self::ProgramMissing { .. } | Self::ProgramFailed { .. } => ErrorKind::Program,
             Self::NotAdmitted { .. } | Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. } => ErrorKind::Io,
         }
+    }
+
+    pub(crate) fn target_unfit(path: &Path, why: impl Into<String>) -> Self {
+        Self::TargetUnfit { path: path.to_owned(), why: why.into() }
     }
 
     /// An I/O error on `path`; a full disk is told apart.

@@ -1,6 +1,6 @@
 //! Which backups there are.
 
-use model::{PointInfo, Timestamp, VmId, VmName};
+use model::{DiskName, PointInfo, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::Repository;
@@ -43,6 +43,15 @@ impl BackupInfo {
     #[must_use]
     pub fn disk_bytes(&self) -> u64 {
         self.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add)
+    }
+
+    /// One of its disks.
+    pub(crate) fn disk(&self, name: &DiskName) -> Result<&BackupDisk, Error> {
+        self.disks.iter().find(|disk| disk.name == *name).ok_or_else(|| {
+            let known: Vec<_> = self.disks.iter().map(|disk| disk.name.as_str()).collect();
+            let what = format!("backup {} has no disk {name}; it has: {}", self.id.short(), known.join(", "));
+            Error::Unsupported { what }
+        })
     }
 }
 

@@ -49,7 +49,10 @@ pub use id::BackupId;
 pub use info::BackupInfo;
 pub use manifest::BackupDisk;
 pub use reader::BackupReader;
-pub use restore::{DamagedRange, Format, RestoreOptions, RestoreReport, RestoredDisk};
+pub use restore::{
+    DamagedRange, Format, Onto, OntoDisk, OntoOptions, OntoReport, RestoreOptions, RestoreReport,
+    RestoredDisk,
+};
 pub use source::{Source, SourceDisk};
 pub use verify::{Damage, VerifyOptions, VerifyReport};
 

@@ -216,6 +216,8 @@ pub const ALL: &[&str] = &[
     "repository::listing::written",
     "repository::lock::writing",
     "repository::lock::written",
+    "repository::onto::synced",
+    "repository::onto::written",
     "repository::pack::writing",
     "repository::pack::written",
     "repository::restore::named",

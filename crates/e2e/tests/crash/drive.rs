@@ -112,6 +112,7 @@ pub enum Drive {
     Restore,
     /// The same as VHDX.
     RestoreVhdx,
+    RestoreOnto,
 }
 
 use Drive::*;
@@ -175,6 +176,7 @@ impl Drive {
             Init => "init",
             Restore => "restore",
             RestoreVhdx => "restore --format vhdx",
+            RestoreOnto => "restore --onto",
         }
     }
 
@@ -247,7 +249,7 @@ impl Drive {
                 ]))
                 .map(drop)
             }
-            Restore | RestoreVhdx => pair.head.ok(&["backup", VM]).map(drop),
+            Restore | RestoreVhdx | RestoreOnto => pair.head.ok(&["backup", VM]).map(drop),
             _ => Ok(()),
         }
     }
@@ -361,7 +363,7 @@ impl Drive {
             NewKey => order(head, &["identity", "renew", "--new-key"]),
             UseCa => order(head, &["identity", "use", "--ca", path(&branch.dir().join("identity.crt"))]),
             Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | AdoptKey | Hours | Move | Init
-            | Restore | RestoreVhdx => {
+            | Restore | RestoreVhdx | RestoreOnto => {
                 return Ok(None);
             }
         }

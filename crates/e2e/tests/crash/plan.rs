@@ -90,6 +90,7 @@ const PLAN: &[(&str, Side, Drive)] = &[
     ("repository::index::", Head, Backup),
     ("repository::listing::", Head, Backup),
     ("repository::lock::", Head, Backup),
+    ("repository::onto::", Command, RestoreOnto),
     ("repository::pack::", Head, Backup),
     ("repository::restore::", Command, Restore),
     ("site::folder::", Command, Init),

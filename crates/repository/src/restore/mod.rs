@@ -5,6 +5,7 @@
 //! `.partial` until all disks are restored and durable; so a file with a disk's name is a whole disk, or with
 //! `keep_going` one whose damaged ranges are in the report.
 
+mod onto;
 mod qcow2;
 mod target;
 
@@ -27,6 +28,7 @@ use crate::lock::Lock;
 use crate::manifest::BackupDisk;
 use crate::parallel;
 use crate::{Repository, reader};
+pub use onto::{Onto, OntoDisk, OntoOptions, OntoReport};
 use target::Target;
 
 /// The format of restored disks.
@@ -173,17 +175,8 @@ impl Repository {
 
     fn restore_jobs(&self, backup: &BackupInfo, options: &RestoreOptions) -> Result<Vec<Job>, Error> {
         let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
-        if let Some(unknown) = options.disks.as_ref().and_then(|wanted| {
-            wanted.iter().find(|name| !backup.disks.iter().any(|disk| disk.name == **name))
-        }) {
-            let known: Vec<_> = backup.disks.iter().map(|disk| disk.name.as_str()).collect();
-            return Err(Error::Unsupported {
-                what: format!(
-                    "backup {} has no disk {unknown}; it has: {}",
-                    backup.id.short(),
-                    known.join(", ")
-                ),
-            });
+        for name in options.disks.iter().flatten() {
+            backup.disk(name)?;
         }
         let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
         let wanted =
