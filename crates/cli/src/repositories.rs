@@ -1,13 +1,15 @@
 //! `backups`, `restore` and `verify`: they read a repository and need no running site, so that the last copy
 //! can be brought back when nothing else works.
 
+mod onto;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use model::{DiskName, VmName};
-use repository::{BackupInfo, Repository, RestoreOptions, VerifyOptions};
+use model::VmName;
+use repository::{BackupInfo, DamagedRange, Repository, RestoreOptions, VerifyOptions};
 use serde_json::{Value, json};
 use site::{Code, Config, Failure, Progress};
 
@@ -25,7 +27,7 @@ fn open(dir: &Path, name: &str) -> Result<Repository, Failure> {
 }
 
 /// Runs what reads much on a thread of its own; SIGINT ends it.
-async fn run<T: Send + 'static>(
+pub async fn run<T: Send + 'static>(
     arguments: &Arguments,
     what: &str,
     work: impl FnOnce(&dyn Fn(repository::Progress), &AtomicBool) -> Result<T, Failure> + Send + 'static,
@@ -111,35 +113,17 @@ fn table(backups: &[Value]) -> String {
     show::table(&["BACKUP", "VM", "AS IT WAS AT", "CONSISTENCY", "DISKS", "ADDED", "KIND"], &rows)
 }
 
-/// The backup that a person means: `latest`, or the first digits of an id. It must be one of that VM.
-fn find(repository: &Repository, vm: &VmName, wanted: &str) -> Result<BackupInfo, Failure> {
-    if wanted == "latest" {
-        return newest(repository, vm);
-    }
-    let backup = repository.find(wanted)?;
-    if backup.vm_name == *vm {
-        return Ok(backup);
-    }
-    let message = format!("backup {} is of {}, not of {vm}", backup.id.short(), backup.vm_name);
-    Err(Failure::new(Code::NoSuchBackup, message))
-}
-
-/// Restores a backup.
+/// Restores a backup to a folder, or onto what is there.
 pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, Failure> {
-    let disks: Vec<DiskName> = restore
-        .disks
-        .iter()
-        .map(|disk| disk.parse::<DiskName>())
-        .collect::<Result<_, _>>()
-        .map_err(|error| Failure::new(Code::Usage, error.to_string()))?;
+    let Some(to) = &restore.to else { return onto::restore(arguments, restore).await };
     let options = RestoreOptions {
-        to: restore.to.clone(),
+        to: to.clone(),
         format: match restore.format {
             Format::Raw => repository::Format::Raw,
             Format::Qcow2 => repository::Format::Qcow2,
             Format::Vhdx => repository::Format::Vhdx,
         },
-        disks: (!disks.is_empty()).then_some(disks),
+        disks: (!restore.disks.is_empty()).then(|| restore.disks.clone()),
         keep_going: restore.keep_going,
         overwrite: restore.overwrite,
     };
@@ -147,7 +131,7 @@ pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, F
     let (vm, wanted) = (restore.vm.clone(), restore.backup.clone());
     let (backup, report) = run(arguments, "restoring", move |progress, cancel| {
         let repository = open(&dir, &name)?;
-        let backup = find(&repository, &vm, &wanted)?;
+        let backup = site::find_backup(&repository, &vm, &wanted)?;
         let report = repository.restore(&backup, &options, progress, cancel)?;
         Ok((backup, report))
     })
@@ -160,15 +144,18 @@ pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, F
     for disk in &report.disks {
         text.push_str(&format!("  {}  {}\n", disk.path.display(), show::bytes(&json!(disk.size_bytes))));
     }
-    for damaged in &report.damaged {
-        text.push_str(&format!(
-            "  DAMAGED: disk {} at offset {}, {} bytes left as zeros: {}\n",
-            damaged.disk, damaged.offset, damaged.len, damaged.why
-        ));
-    }
+    text.push_str(&damages(&report.damaged));
     // Whoever asked to keep going has what could be saved, and is not told that all is well.
     let status = u8::from(!report.damaged.is_empty());
     Ok(Said { json, text, status })
+}
+
+/// What could not be restored, for a person.
+fn damages(damaged: &[DamagedRange]) -> String {
+    let line = |DamagedRange { disk, offset, len, why }: &DamagedRange| {
+        format!("  DAMAGED: disk {disk} at offset {offset}, {len} bytes left as zeros: {why}\n")
+    };
+    damaged.iter().map(line).collect()
 }
 
 /// Reads backups and compares them with their checksums.
@@ -183,7 +170,8 @@ pub async fn verify(
     let report = run(arguments, "verifying", move |progress, cancel| {
         let repository = open(&dir, &name)?;
         let backup = wanted.map(|id| repository.find(&id)).transpose()?.map(|backup| backup.id);
-        let vm = vm.map(|vm| newest(&repository, &vm)).transpose()?.map(|backup| backup.vm);
+        let vm =
+            vm.map(|vm| site::find_backup(&repository, &vm, "latest")).transpose()?.map(|backup| backup.vm);
         Ok(repository.verify(&VerifyOptions { vm, backup, read_data: true }, progress, cancel)?)
     })
     .await?;
@@ -206,13 +194,4 @@ pub async fn verify(
     let count = report.damaged.len();
     let message = format!("{text}{count} damaged ranges; the first: {what}");
     Err(Failure::new(Code::Damaged, message))
-}
-
-/// The newest backup of a VM.
-fn newest(repository: &Repository, vm: &VmName) -> Result<BackupInfo, Failure> {
-    let newest = repository.backups(None)?.into_iter().rfind(|backup| backup.vm_name == *vm);
-    newest.ok_or_else(|| {
-        let message = format!("there is no backup of {vm}; 'afterimage backups' lists what there is");
-        Failure::new(Code::NoSuchBackup, message)
-    })
 }

@@ -26,6 +26,7 @@ mod folder;
 mod group;
 mod handover;
 mod media;
+mod overwritten;
 mod passes;
 pub mod ports;
 mod protect;
@@ -37,6 +38,7 @@ mod runner;
 mod ship;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +57,7 @@ pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
 use crate::group::{GroupRow, Handles, Running};
 pub use crate::group::{GroupStatus, Synced};
+pub use crate::overwritten::overwritten_offline;
 use crate::ports::Ports;
 pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
@@ -276,6 +279,18 @@ impl<P: Ports> Primary<P> {
     /// Compares both sides and sends what differs, whatever the policy says; a pass that rests goes on.
     pub async fn resync(&self, name: &VmName) -> Result<VmStatus, Error> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
+    }
+
+    /// The disks that lie at some of these places (a file, or a device), each with its VM.
+    pub fn disks_at(&self, places: &[PathBuf]) -> Vec<(VmName, DiskName)> {
+        let vms = self.status();
+        vms.iter().flat_map(|vm| overwritten::lying_at(&vm.name, &vm.disks, places)).collect()
+    }
+
+    /// A backup is about to be restored over disks of a VM, which QEMU's bitmaps do not know of: when this comes
+    /// back it is written down that both sides must be compared.
+    pub async fn overwritten(&self, name: &VmName, disks: String) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::Overwritten(disks, done), WhenRunning::Stop).await
     }
 
     /// Begins to replicate more disks of a VM, by their nodes.

@@ -142,7 +142,7 @@ pub struct KnownDisk {
     pub name: DiskName,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// The file that it lies in, where it lies in one.
+    /// The file or device that it lies in, where it lies in one.
     #[serde(default)]
     pub image: Option<Image>,
     /// So much of a disk that has joined is at the replica, from its start, in bytes. It is in no recovery point before
@@ -264,6 +264,12 @@ impl Protected {
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
         catalog.change(move |tx| row.put(tx)).await
+    }
+
+    /// The same for a caller that may block.
+    pub(crate) fn save_blocking(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
+        let row = self.clone();
+        catalog.write(move |tx| row.put(tx))
     }
 
     /// Writes the row of a VM that is new. False, and nothing is written, if there is one of its name by now: two people

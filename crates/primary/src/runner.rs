@@ -26,6 +26,8 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    /// A backup is being restored over some of its disks.
+    Overwritten(String, oneshot::Sender<Result<(), Failure>>),
     AddDisks(Vec<String>, oneshot::Sender<Result<(), Failure>>),
     RemoveDisks(Vec<DiskName>, oneshot::Sender<Result<(), Failure>>),
     CancelResync(oneshot::Sender<Result<(), Failure>>),
@@ -124,6 +126,7 @@ async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::Overwritten(disks, done) => (done, relationship.overwritten(disks).await),
         Order::AddDisks(nodes, done) => (done, relationship.add_disks(&nodes).await),
         Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
         Order::CancelResync(done) => (done, relationship.cancel_resync().await),

@@ -137,7 +137,8 @@ fn tidy_phase(phase: &mut Phase) {
             | ResyncReason::BitmapInconsistent(text)
             | ResyncReason::DiskResized(text)
             | ResyncReason::DisksChanged(text)
-            | ResyncReason::ChainBroken(text) => tidy(text),
+            | ResyncReason::ChainBroken(text)
+            | ResyncReason::Restored(text) => tidy(text),
             ResyncReason::Requested | ResyncReason::Reversed | ResyncReason::Seeded => {}
         }
     }
