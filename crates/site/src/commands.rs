@@ -43,6 +43,8 @@ pub(crate) struct Site {
     pub checks: Checks,
     pub turns: Turns,
     pub trials: Trials,
+    /// Recovered VMs are moved one at a time.
+    pub moves: tokio::sync::Mutex<()>,
 }
 
 impl Commands for Site {
@@ -98,10 +100,12 @@ impl Commands for Site {
             Request::Hold { vm, for_s } => self.hold(&vm, Duration::from_secs(for_s)).await,
             Request::Release { hold } => self.release(hold).await,
             Request::Failover(request) => self.failover(request, &reporter).await,
+            Request::Recover(request) => self.recover(request, &reporter).await,
             Request::Group(request) => self.group(request, &reporter).await,
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
+            Request::Overwriting { places } => self.overwriting(&places).await,
             Request::Check(check) => self.checks.run(check).await,
             Request::Checks { vm } => Ok(json!({ "checks": self.checks.list(vm.as_ref())? })),
             Request::Measurements { vm, reset } => self.measurements(vm.as_ref(), reset).await,

@@ -23,6 +23,7 @@ mod exports;
 mod extend;
 mod failover;
 mod failure;
+mod fence;
 mod groups;
 mod identity;
 mod init;
@@ -33,6 +34,7 @@ mod media;
 mod peers;
 mod points;
 mod random;
+mod recovery;
 mod request;
 mod running;
 mod seeds;
@@ -50,11 +52,13 @@ pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
 pub use control::ask;
 pub use entry::{Change, EntryChange};
 pub use failure::{Code, Failure};
+pub use fence::{Fenced, fence};
 pub use init::{Made, init};
 pub use primary::Changes;
+pub use recovery::find_backup;
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,
-    Progress, Protect, Request, Reverse, SeedRequest,
+    Progress, Protect, Recover, RecoverRequest, Request, Reverse, SeedRequest,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

@@ -46,6 +46,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     let stop = CancellationToken::new();
     let site = open(dir, config, &own, &stop).await?;
     site.take_up_failovers().await;
+    site.take_up_recoveries().await;
     site.primary.start()?;
     site.extensions.start()?;
     site.jobs.start()?;
@@ -135,6 +136,7 @@ async fn open(
         checks,
         turns: Turns::default(),
         trials,
+        moves: tokio::sync::Mutex::default(),
     }))
 }
 
