@@ -6,6 +6,7 @@
 mod args;
 mod demo;
 mod failover;
+mod files;
 mod groups;
 mod measurements;
 mod memory;
@@ -13,6 +14,7 @@ mod peer_args;
 mod peers;
 mod points;
 mod progress;
+mod recover;
 mod repositories;
 mod show;
 mod when;
@@ -118,6 +120,7 @@ async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
             repositories::list(dir, &repository.repository, vm.as_ref()).await.map(Some)
         }
         Command::Restore(restore) => repositories::restore(arguments, restore).await.map(Some),
+        Command::Files(wanted) => files::run(arguments, wanted).await.map(Some),
         Command::Verify { vm, backup, repository } => {
             repositories::verify(arguments, &repository.repository, vm.as_ref(), backup.as_deref())
                 .await
@@ -215,6 +218,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         }
         Command::Checks { vm } => Request::Checks { vm: vm.clone() },
         Command::Failover(failover) => Request::Failover(failover::request(failover)?),
+        Command::Recover(recover) => Request::Recover(recover::request(recover)?),
         Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
         Command::Measurements { vm, reset, .. } => Request::Measurements { vm: vm.clone(), reset: *reset },
         Command::Events { count } => Request::Events { count: *count },
@@ -222,6 +226,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         | Command::Serve
         | Command::Backups { .. }
         | Command::Restore(_)
+        | Command::Files(_)
         | Command::Verify { .. }
         | Command::Demo { .. } => {
             return Err(Failure::new(Code::Internal, "this command is not for a running site"));

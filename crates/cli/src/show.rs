@@ -105,9 +105,12 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Release { hold } => format!("Hold {hold} is released; it was valid to its end."),
         Request::Export(_) => export(answer),
         Request::Unexport { export } => format!("Export {export} is ended."),
+        // A part of 'restore', which says it itself.
+        Request::Overwriting { .. } => String::new(),
         Request::Check(_) => check(answer),
         Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover(request) => crate::failover::shown(request, answer),
+        Request::Recover(request) => crate::recover::shown(request, answer),
         Request::Group(request) => crate::groups::shown(request, answer),
         Request::Migrate { vm, storage } => format!("The replica of {vm} is in {} now.", storage.display()),
         Request::Measurements { .. } => measurements::tables(list(&answer["measurements"])),
