@@ -55,7 +55,7 @@ setup:
 	@./scripts/setup base
 
 setup-test:
-	@./scripts/setup base libvirt guest fsx
+	@./scripts/setup base libvirt guest fsx servers others
 
 setup-bench:
 	@./scripts/setup base bench

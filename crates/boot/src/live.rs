@@ -240,6 +240,16 @@ impl Live {
         Files(&self.dir).vnc()
     }
 
+    /// Writes a file in its folder, durably: all of it, or the one that was there stays.
+    pub fn keep(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let (path, new) = (self.path(name), self.path(&format!("{name}.new")));
+        let written = fs::write(&new, bytes)
+            .and_then(|()| File::open(&new)?.sync_all())
+            .and_then(|()| fs::rename(&new, &path))
+            .and_then(|()| File::open(&self.dir)?.sync_all());
+        written.map_err(Error::io("write", &path))
+    }
+
     /// The process, while it runs.
     #[must_use]
     pub fn process(&self) -> Option<i32> {

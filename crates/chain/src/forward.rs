@@ -26,6 +26,14 @@ pub fn next_to_forward(points: &[PointInfo], sent: Option<LogNumber>) -> Option<
         .copied()
 }
 
+/// The point to pass on after `sent` where the replica moves to the other site: the oldest that is newer, for all of them to be
+/// there in the end; none if there is nothing newer. Before anything was sent it is the oldest of all.
+#[must_use]
+pub fn next_to_move(points: &[PointInfo], sent: Option<LogNumber>) -> Option<PointInfo> {
+    let newer = points.iter().filter(|point| sent.is_none_or(|sent| point.number > sent));
+    newer.min_by_key(|point| point.number).copied()
+}
+
 /// The marks that logs are kept for, of those given: where the logs after one come to more than an eighth of the VM's
 /// disks (and to [`FORWARD_KEEP_BYTES_MIN`]), it is let go. `logs` are the ones not folded in, with their bytes.
 #[must_use]
@@ -64,6 +72,16 @@ mod tests {
         assert_eq!(way, [2, 4, 5]);
         assert_eq!(next(None), Some(5), "the first pass shows no point before its end");
         assert_eq!(next_to_forward(&[], None), None);
+    }
+
+    #[test]
+    fn of_a_replica_that_moves_every_point_travels_in_its_order() {
+        use Consistency::{Application as App, Crash};
+        let shown = points(&[Crash, App, Crash, Crash]);
+        let next = |sent: Option<u64>| next_to_move(&shown, sent.map(LogNumber)).map(|point| point.number.0);
+        let way: Vec<_> = std::iter::successors(next(None), |sent| next(Some(*sent))).collect();
+        assert_eq!(way, [1, 2, 3, 4]);
+        assert_eq!(next_to_move(&[], None), None);
     }
 
     #[test]

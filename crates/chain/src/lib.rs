@@ -36,7 +36,7 @@ mod retention;
 pub use apply::{ApplyPlan, RecordPiece, RecordWork, apply_batches};
 pub use changes::{CHANGE_CHUNK_BYTES, changed_since, touched_chunks, union};
 pub use compact::{CompactPlan, CompactRule, FEW_LOGS, merged_header};
-pub use forward::{FORWARD_KEEP_BYTES_MIN, marks_kept, next_to_forward};
+pub use forward::{FORWARD_KEEP_BYTES_MIN, marks_kept, next_to_forward, next_to_move};
 pub use layer::{IndexError, IndexFault, Layer, LayerDisk, match_disks};
 pub use next::{ChainError, Continues, Tip, check_next};
 pub use overlay::{Overlay, OverlayBuilder, Piece, Pieces, Source, Surviving, Survivor};

@@ -1,5 +1,6 @@
 //! The command line, as `docs` of the project promise it: stable, scripts depend on it.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,8 +10,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::group::GroupMember;
 use model::{DiskName, GroupName, InitialStart, PointName, PointRef, ResyncPolicy, VmName};
 
+use crate::repository_args::RepositoryCommand;
 use crate::{groups, when};
 
+pub use crate::configure::Configure;
 pub use crate::peer_args::{Entry, Identity, Peer};
 pub use crate::policies::{BackupCommand, Policy};
 
@@ -100,12 +103,8 @@ pub enum Command {
         #[arg(long)]
         cancel: bool,
     },
-    /// Change how a VM is protected.
-    Configure {
-        vm: VmName,
-        #[command(flatten)]
-        passes: PassArguments,
-    },
+    /// Change how a VM is protected; at a replica's site, how that is passed on. What is not named stays as it is.
+    Configure(Configure),
     /// At the replica's site: what its replicas are made of.
     #[command(subcommand)]
     Replica(Replica),
@@ -142,6 +141,9 @@ pub enum Command {
     },
     /// Write the disks of a backup to files.
     Restore(Restore),
+    /// Look into the disks of a backup or a recovery point: list, find and fetch single files.
+    #[command(subcommand)]
+    Files(Files),
     /// Read backups and compare them with their checksums.
     Verify {
         /// Of one VM only.
@@ -152,6 +154,9 @@ pub enum Command {
         #[command(flatten)]
         repository: RepositoryArgument,
     },
+    /// Repositories: where they are, check, prune, copies, passwords and keys, locks.
+    #[command(subcommand)]
+    Repository(RepositoryCommand),
     /// Keep the flat files of a replica quiet, for another backup product.
     Hold {
         vm: VmName,
@@ -175,13 +180,11 @@ pub enum Command {
     /// Start a VM from its replica, or go back.
     #[command(subcommand)]
     Failover(Failover),
-    /// Move a replica's storage to another folder.
-    Migrate {
-        vm: VmName,
-        /// The folder; it is made if it is not there.
-        #[arg(long, value_name = "DIR")]
-        storage: PathBuf,
-    },
+    /// Run a VM straight from a backup, and move it to files of its own while it runs.
+    #[command(subcommand)]
+    Recover(Recover),
+    /// Move a replica: its storage to another folder, or all of it to another site.
+    Migrate(Migrate),
     /// How cycles went in the monitoring window: done, missed and failed, sizes and latencies, the last error.
     Measurements {
         /// Of one VM only.
@@ -205,6 +208,20 @@ pub enum Command {
         #[arg(long)]
         keep: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    pub vm: VmName,
+    /// At the replica's site: the folder that its storage is moved to; it is made if it is not there.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["to_site", "cancel"])]
+    pub storage: Option<PathBuf>,
+    /// Where the VM runs: the peer that is to have the replica from now on. It goes there from the site that has it.
+    #[arg(long, value_name = "PEER", conflicts_with_all = ["storage", "cancel"])]
+    pub to_site: Option<String>,
+    /// End a move to another site: the replica stays where it is.
+    #[arg(long, conflicts_with = "storage")]
+    pub cancel: bool,
 }
 
 #[derive(Debug, Args)]
@@ -393,7 +410,7 @@ pub struct Backup {
     pub pause: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RepositoryArgument {
     /// The repository, by its name in the config.
     #[arg(long, default_value = site::LOCAL_REPOSITORY)]
@@ -407,18 +424,22 @@ pub struct Restore {
     #[arg(long, value_name = "ID")]
     pub backup: String,
     /// The folder to write to.
-    #[arg(long, value_name = "PATH")]
-    pub to: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "onto")]
+    pub to: Option<PathBuf>,
+    /// Instead of a folder: a disk, and the block device or raw image that it is written to, of which only what differs is
+    /// written; repeat it for more disks. What was cut off goes on when it is run again.
+    #[arg(long, value_name = "DISK=PATH", value_parser = when::seed_disk, conflicts_with_all = ["to", "format", "disks"])]
+    pub onto: Vec<(DiskName, PathBuf)>,
     /// The files' format.
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     pub format: Format,
     /// A disk to restore; repeat it for more. All if none is named.
     #[arg(long = "disk", value_name = "NAME")]
-    pub disks: Vec<String>,
+    pub disks: Vec<DiskName>,
     /// Save what is unharmed where a part of the backup is damaged.
     #[arg(long)]
     pub keep_going: bool,
-    /// Replace files that are there.
+    /// Replace files that are there; with --onto: what is on the device or in the image may go.
     #[arg(long)]
     pub overwrite: bool,
     #[command(flatten)]
@@ -560,6 +581,95 @@ pub enum Failover {
         #[arg(long, value_name = "SOCKET")]
         guest_agent: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub enum Files {
+    /// The volumes (partitions, logical volumes), or what is in a folder of one.
+    List {
+        vm: VmName,
+        /// A folder or a file, such as vda/1:/etc; the volumes, if none is named.
+        #[arg(value_name = "VOLUME:/PATH")]
+        place: Option<OsString>,
+        #[command(flatten)]
+        of: FilesOf,
+    },
+    /// Search by name, in all volumes.
+    Find {
+        vm: VmName,
+        /// The name; * stands for any text and ? for one letter. Capitals make no difference.
+        name: OsString,
+        /// In this volume only.
+        #[arg(long = "in", value_name = "VOLUME")]
+        volume: Option<String>,
+        #[command(flatten)]
+        of: FilesOf,
+    },
+    /// Fetch files, and folders with all that is in them.
+    Get {
+        vm: VmName,
+        /// What to fetch, such as vda/1:/etc/fstab.
+        #[arg(required = true, value_name = "VOLUME:/PATH")]
+        places: Vec<OsString>,
+        /// The folder to write to; nothing that is there is replaced.
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+        #[command(flatten)]
+        of: FilesOf,
+    },
+}
+
+/// Whose files.
+#[derive(Debug, Clone, Args)]
+pub struct FilesOf {
+    /// The recovery point; the newest if neither a point nor a backup is named.
+    #[arg(long, value_name = "ID")]
+    pub point: Option<PointRef>,
+    /// A backup instead; `latest` is the newest.
+    #[arg(long, value_name = "ID", conflicts_with = "point")]
+    pub backup: Option<String>,
+    #[command(flatten)]
+    pub repository: RepositoryArgument,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Recover {
+    /// Start a VM from a backup at once, whatever its size; or again one that was recovered before.
+    Start {
+        vm: VmName,
+        /// The backup; the first digits of its id are enough. `latest` is the newest.
+        #[arg(long, value_name = "ID")]
+        backup: Option<String>,
+        #[command(flatten)]
+        repository: RepositoryArgument,
+        /// Connect its network cards to this site's networks, as 'failover start' does; without it they have no cables.
+        #[arg(long)]
+        connect: bool,
+        /// Start nothing; show the command line and the networks.
+        #[arg(long)]
+        show: bool,
+    },
+    /// Move its disks to files in a folder (qcow2), while it runs; after that it needs nothing of Afterimage.
+    Move {
+        vm: VmName,
+        /// The folder; it is made if it is not there.
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
+    /// Shut it down.
+    Stop {
+        vm: VmName,
+        /// How long the guest may take.
+        #[arg(long, value_parser = humantime::parse_duration, default_value = "5m", value_name = "TIME")]
+        within: Duration,
+        /// Do not ask the guest: pull the plug.
+        #[arg(long)]
+        kill: bool,
+    },
+    /// End it and drop what it has written; of one that was moved, only forget it.
+    Drop { vm: VmName },
+    /// Those there are.
+    List,
 }
 
 /// How VMs are started.

@@ -151,7 +151,7 @@ fn machine(answer: &Value) -> String {
     )
 }
 
-fn networks(answer: &Value) -> String {
+pub fn networks(answer: &Value) -> String {
     let networks = list(&answer["networks"]).iter().map(|card| {
         let (mac, network, to) = (text(&card["mac"]), text(&card["network"]), text(&card["to"]));
         match to {
@@ -165,7 +165,7 @@ fn networks(answer: &Value) -> String {
 }
 
 /// A command line as a shell takes it.
-fn command(answer: &Value) -> String {
+pub fn command(answer: &Value) -> String {
     let quoted = |word: &Value| {
         let word = text(word);
         let is_plain =

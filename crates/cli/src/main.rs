@@ -1,11 +1,13 @@
 //! The command `afterimage`: arguments in, tables or JSON out, exit statuses that scripts can rely on.
 //!
 //! What a running site has to do it is asked over its control socket; what only reads a repository
-//! (`backups`, `restore`, `verify`) is done here, so that a backup can be restored when nothing else runs.
+//! (`backups`, `restore`, `verify`, `repository`) is done here, so that a backup can be restored when nothing else runs.
 
 mod args;
+mod configure;
 mod demo;
 mod failover;
+mod files;
 mod groups;
 mod measurements;
 mod memory;
@@ -14,7 +16,10 @@ mod peers;
 mod points;
 mod policies;
 mod progress;
+mod recover;
 mod repositories;
+mod repository_args;
+mod repository_commands;
 mod show;
 mod when;
 
@@ -120,6 +125,7 @@ async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
             repositories::list(dir, &repository.repository, vm.as_ref()).await.map(Some)
         }
         Command::Restore(restore) => repositories::restore(arguments, restore).await.map(Some),
+        Command::Files(wanted) => files::run(arguments, wanted).await.map(Some),
         Command::Verify { vm, backup, repository } => {
             repositories::verify(arguments, &repository.repository, vm.as_ref(), backup.as_deref())
                 .await
@@ -128,6 +134,7 @@ async fn run(arguments: &Arguments) -> Result<Option<Said>, Failure> {
         Command::Policy(args::Policy::New { name, vms, at, repository }) => {
             policies::write(dir, name, vms, at, repository).map(Some)
         }
+        Command::Repository(command) => repository_commands::command(arguments, command).await.map(Some),
         Command::Demo { keep } => demo::run(arguments, *keep).await.map(Some),
         command => ask(arguments, command).await.map(Some),
     }
@@ -185,7 +192,7 @@ fn request(command: &Command) -> Result<Request, Failure> {
         Command::Pause { vm } => Request::Pause { vm: vm.clone() },
         Command::Resume { vm } => Request::Resume { vm: vm.clone() },
         Command::Resync { vm, cancel } => Request::Resync { vm: vm.clone(), cancel: *cancel },
-        Command::Configure { vm, passes } => when::configure(vm, passes)?,
+        Command::Configure(configure) => configure.request()?,
         Command::Replica(replica) => when::replica(replica)?,
         Command::Sync { target } => match groups::target(target)? {
             Aim::Vm(vm) => Request::Sync { vm },
@@ -233,14 +240,20 @@ fn request(command: &Command) -> Result<Request, Failure> {
         }
         Command::Checks { vm } => Request::Checks { vm: vm.clone() },
         Command::Failover(failover) => Request::Failover(failover::request(failover)?),
-        Command::Migrate { vm, storage } => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+        Command::Migrate(args::Migrate { vm, storage, to_site, .. }) => match storage {
+            Some(storage) => Request::Migrate { vm: vm.clone(), storage: absolute(storage)? },
+            None => Request::Relocate { vm: vm.clone(), to: to_site.clone() },
+        },
+        Command::Recover(recover) => Request::Recover(recover::request(recover)?),
         Command::Measurements { vm, reset, .. } => Request::Measurements { vm: vm.clone(), reset: *reset },
         Command::Events { count } => Request::Events { count: *count },
         Command::Init { .. }
         | Command::Serve
         | Command::Backups { .. }
         | Command::Restore(_)
+        | Command::Files(_)
         | Command::Verify { .. }
+        | Command::Repository(_)
         | Command::Demo { .. } => {
             return Err(Failure::new(Code::Internal, "this command is not for a running site"));
         }
@@ -301,6 +314,7 @@ fn backed_up(backup: &args::Backup) -> Result<Request, Failure> {
             repository,
             no_retry: backup.no_retry,
             pause: backup.pause,
+            policy: None,
         }),
     })
 }

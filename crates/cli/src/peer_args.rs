@@ -104,13 +104,13 @@ pub struct Entry {
 /// What takes an option away again.
 const NONE: &str = "none";
 
-fn or_none<T>(
+pub(crate) fn or_none<T>(
     parse: impl Fn(&str) -> Result<T, String> + Clone,
 ) -> impl Fn(&str) -> Result<Change<T>, String> + Clone {
     move |text| if text == NONE { Ok(Change::Clear) } else { parse(text).map(Change::Set) }
 }
 
-fn any_text(text: &str) -> Result<String, String> {
+pub(crate) fn any_text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 

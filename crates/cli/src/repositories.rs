@@ -1,13 +1,15 @@
 //! `backups`, `restore` and `verify`: they read a repository and need no running site, so that the last copy
 //! can be brought back when nothing else works.
 
+mod onto;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use model::{DiskName, VmName};
-use repository::{BackupInfo, Repository, RestoreOptions, VerifyOptions};
+use model::VmName;
+use repository::{BackupInfo, DamagedRange, Repository, RestoreOptions, VerifyOptions};
 use serde_json::{Value, json};
 use site::{Code, Config, Failure, Progress};
 
@@ -20,12 +22,20 @@ use crate::show;
 const SHOW_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Opens a repository of the site in `dir`.
-fn open(dir: &Path, name: &str) -> Result<Repository, Failure> {
+pub fn open(dir: &Path, name: &str) -> Result<Repository, Failure> {
     site::open_repository(dir, &Config::load(dir)?, name)
 }
 
+/// Runs what takes a while on a thread of its own.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    outcome.map_err(|error| Failure::new(Code::Internal, error.to_string()))?
+}
+
 /// Runs what reads much on a thread of its own; SIGINT ends it.
-async fn run<T: Send + 'static>(
+pub async fn run<T: Send + 'static>(
     arguments: &Arguments,
     what: &str,
     work: impl FnOnce(&dyn Fn(repository::Progress), &AtomicBool) -> Result<T, Failure> + Send + 'static,
@@ -82,7 +92,7 @@ fn describe(backup: &BackupInfo) -> Value {
         "taken_at": site::rfc3339(backup.point.taken_at), "made_at": site::rfc3339(backup.made_at),
         "consistency": backup.point.consistency, "bytes": backup.disk_bytes(),
         "bytes_read": backup.bytes_read, "bytes_added": backup.bytes_added, "seconds": backup.seconds,
-        "parent": backup.parent,
+        "parent": backup.parent, "policy": backup.policy,
         "disks": backup.disks.iter().map(|disk| json!({
             "name": disk.name, "size_bytes": disk.size_bytes, "digest": disk.digest,
         })).collect::<Vec<_>>(),
@@ -111,35 +121,17 @@ fn table(backups: &[Value]) -> String {
     show::table(&["BACKUP", "VM", "AS IT WAS AT", "CONSISTENCY", "DISKS", "ADDED", "KIND"], &rows)
 }
 
-/// The backup that a person means: `latest`, or the first digits of an id. It must be one of that VM.
-fn find(repository: &Repository, vm: &VmName, wanted: &str) -> Result<BackupInfo, Failure> {
-    if wanted == "latest" {
-        return newest(repository, vm);
-    }
-    let backup = repository.find(wanted)?;
-    if backup.vm_name == *vm {
-        return Ok(backup);
-    }
-    let message = format!("backup {} is of {}, not of {vm}", backup.id.short(), backup.vm_name);
-    Err(Failure::new(Code::NoSuchBackup, message))
-}
-
-/// Restores a backup.
+/// Restores a backup to a folder, or onto what is there.
 pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, Failure> {
-    let disks: Vec<DiskName> = restore
-        .disks
-        .iter()
-        .map(|disk| disk.parse::<DiskName>())
-        .collect::<Result<_, _>>()
-        .map_err(|error| Failure::new(Code::Usage, error.to_string()))?;
+    let Some(to) = &restore.to else { return onto::restore(arguments, restore).await };
     let options = RestoreOptions {
-        to: restore.to.clone(),
+        to: to.clone(),
         format: match restore.format {
             Format::Raw => repository::Format::Raw,
             Format::Qcow2 => repository::Format::Qcow2,
             Format::Vhdx => repository::Format::Vhdx,
         },
-        disks: (!disks.is_empty()).then_some(disks),
+        disks: (!restore.disks.is_empty()).then(|| restore.disks.clone()),
         keep_going: restore.keep_going,
         overwrite: restore.overwrite,
     };
@@ -147,7 +139,7 @@ pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, F
     let (vm, wanted) = (restore.vm.clone(), restore.backup.clone());
     let (backup, report) = run(arguments, "restoring", move |progress, cancel| {
         let repository = open(&dir, &name)?;
-        let backup = find(&repository, &vm, &wanted)?;
+        let backup = site::find_backup(&repository, &vm, &wanted)?;
         let report = repository.restore(&backup, &options, progress, cancel)?;
         Ok((backup, report))
     })
@@ -160,15 +152,18 @@ pub async fn restore(arguments: &Arguments, restore: &Restore) -> Result<Said, F
     for disk in &report.disks {
         text.push_str(&format!("  {}  {}\n", disk.path.display(), show::bytes(&json!(disk.size_bytes))));
     }
-    for damaged in &report.damaged {
-        text.push_str(&format!(
-            "  DAMAGED: disk {} at offset {}, {} bytes left as zeros: {}\n",
-            damaged.disk, damaged.offset, damaged.len, damaged.why
-        ));
-    }
+    text.push_str(&damages(&report.damaged));
     // Whoever asked to keep going has what could be saved, and is not told that all is well.
     let status = u8::from(!report.damaged.is_empty());
     Ok(Said { json, text, status })
+}
+
+/// What could not be restored, for a person.
+fn damages(damaged: &[DamagedRange]) -> String {
+    let line = |DamagedRange { disk, offset, len, why }: &DamagedRange| {
+        format!("  DAMAGED: disk {disk} at offset {offset}, {len} bytes left as zeros: {why}\n")
+    };
+    damaged.iter().map(line).collect()
 }
 
 /// Reads backups and compares them with their checksums.
@@ -183,7 +178,8 @@ pub async fn verify(
     let report = run(arguments, "verifying", move |progress, cancel| {
         let repository = open(&dir, &name)?;
         let backup = wanted.map(|id| repository.find(&id)).transpose()?.map(|backup| backup.id);
-        let vm = vm.map(|vm| newest(&repository, &vm)).transpose()?.map(|backup| backup.vm);
+        let vm =
+            vm.map(|vm| site::find_backup(&repository, &vm, "latest")).transpose()?.map(|backup| backup.vm);
         Ok(repository.verify(&VerifyOptions { vm, backup, read_data: true }, progress, cancel)?)
     })
     .await?;
@@ -206,13 +202,4 @@ pub async fn verify(
     let count = report.damaged.len();
     let message = format!("{text}{count} damaged ranges; the first: {what}");
     Err(Failure::new(Code::Damaged, message))
-}
-
-/// The newest backup of a VM.
-fn newest(repository: &Repository, vm: &VmName) -> Result<BackupInfo, Failure> {
-    let newest = repository.backups(None)?.into_iter().rfind(|backup| backup.vm_name == *vm);
-    newest.ok_or_else(|| {
-        let message = format!("there is no backup of {vm}; 'afterimage backups' lists what there is");
-        Failure::new(Code::NoSuchBackup, message)
-    })
 }

@@ -80,7 +80,7 @@ pub fn answer(request: &Request, answer: &Value) -> String {
             )
         }
         Request::AddDisks { .. } | Request::RemoveDisks { .. } => details(answer),
-        Request::Resync { .. } | Request::Configure { .. } => {
+        Request::Resync { .. } | Request::Configure { .. } | Request::Relocate { .. } => {
             format!("{}\n{}", relationships(std::slice::from_ref(answer)), details(answer))
         }
         Request::Seed(request) => seeded(request.vm.as_str(), answer),
@@ -105,9 +105,12 @@ pub fn answer(request: &Request, answer: &Value) -> String {
         Request::Release { hold } => format!("Hold {hold} is released; it was valid to its end."),
         Request::Export(_) => export(answer),
         Request::Unexport { export } => format!("Export {export} is ended."),
+        // A part of 'restore', which says it itself.
+        Request::Overwriting { .. } => String::new(),
         Request::Check(_) => check(answer),
         Request::Checks { .. } => checks(list(&answer["checks"])),
         Request::Failover(request) => crate::failover::shown(request, answer),
+        Request::Recover(request) => crate::recover::shown(request, answer),
         Request::Group(request) => crate::groups::shown(request, answer),
         Request::Policy(request) => crate::policies::shown(request, answer),
         Request::BackupReport { .. } => crate::policies::report(answer),
@@ -205,6 +208,7 @@ fn noteworthy(vm: &Value) -> bool {
     let joins = |disk: &Value| disk["copied_bytes"].is_u64();
     vm["health"] != "normal"
         || vm["media"].is_object()
+        || vm["moving"].is_object()
         || !vm["error"].is_null()
         || list(&vm["disks"]).iter().any(joins)
 }
@@ -224,6 +228,12 @@ fn details(vm: &Value) -> String {
     }
     if vm["media"].is_object() {
         line("media", media(&vm["media"]));
+    }
+    if vm["moving"].is_object() {
+        line("moves", moving(&vm["moving"]));
+    }
+    if let Some(to) = vm["moving_to"].as_str() {
+        line("moves", format!("to {to}"));
     }
     if vm["resync"].as_str().is_some_and(|policy| policy != "auto") {
         line("resync", text(&vm["resync"]).to_owned());
@@ -250,6 +260,16 @@ fn details(vm: &Value) -> String {
     }
     if vm["interval_s"].is_u64() {
         line("interval", format!("{} s, {} hourly points", number(&vm["interval_s"]), number(&vm["points"])));
+    }
+    if vm["app_every_s"].is_u64() {
+        line("application", format!("a consistent point every {}", seconds(&vm["app_every_s"])));
+    }
+    if vm["bandwidth_bytes_per_s"].is_u64() {
+        let rate = vm["bandwidth_bytes_per_s"].as_u64().unwrap_or_default();
+        line("bandwidth", format!("at most {}/s", indicatif::DecimalBytes(rate)));
+    }
+    if let Some(sign) = vm["sign_of_life"].as_str() {
+        line("shows life", sign.to_owned());
     }
     if let Some(group) = vm["group"].as_str() {
         line("group", format!("{group}; 'afterimage group show {group}'"));
@@ -303,6 +323,26 @@ fn imported(answer: &Value) -> String {
         number(&answer["logs"]),
         bytes(&answer["bytes"])
     )
+}
+
+/// "to far: 42% of the oldest point is there".
+fn moving(moving: &Value) -> String {
+    let Some(to) = moving["to"].as_str() else {
+        return format!("it has; {} is still to hear of it", text(&moving["from"]));
+    };
+    let progress = &moving["progress"];
+    let how_far = match (progress["covered_bytes"].as_u64(), progress["total_bytes"].as_u64()) {
+        (Some(done), Some(total)) => {
+            let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(100);
+            format!("{percent}% of the oldest point is there")
+        }
+        _ if moving["pending_bytes"].is_u64() => {
+            format!("{} of logs are still to go", bytes(&moving["pending_bytes"]))
+        }
+        _ => "it is being prepared".into(),
+    };
+    let error = moving["error"].as_str().map(|error| format!("; it waits: {error}")).unwrap_or_default();
+    format!("to {to}: {how_far}{error}")
 }
 
 pub fn backup(vm: &str, answer: &Value) -> String {

@@ -1,13 +1,13 @@
-//! When passes run, and what a replica begins with: `--resync`, `--initial`, `configure`, `replica seed`.
+//! When passes run, and what a replica begins with: `--resync`, `--initial`, `replica seed`.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use model::{DiskName, InitialStart, Timestamp, VmName};
-use site::{Changes, Code, Failure, Request, SeedRequest};
+use model::{DiskName, InitialStart, Timestamp};
+use site::{Failure, Request, SeedRequest};
 
 use crate::absolute;
-use crate::args::{PassArguments, Replica, SeedFormat};
+use crate::args::{Replica, SeedFormat};
 
 /// `now`, `seed`, `media:DIR`, `at:+3h` or `at:2026-12-01T22:00:00Z`.
 pub fn initial(text: &str) -> Result<InitialStart, String> {
@@ -42,14 +42,6 @@ fn initial_at(text: &str, now: Timestamp) -> Result<InitialStart, String> {
 pub fn seed_disk(text: &str) -> Result<(DiskName, PathBuf), String> {
     let (name, file) = text.split_once('=').filter(|(_, file)| !file.is_empty()).ok_or("use NAME=FILE")?;
     Ok((name.parse::<DiskName>().map_err(|error| error.to_string())?, file.into()))
-}
-
-pub fn configure(vm: &VmName, passes: &PassArguments) -> Result<Request, Failure> {
-    let changes = Changes { resync: passes.resync, initial: passes.initial.clone() };
-    if changes == Changes::default() {
-        return Err(Failure::new(Code::Usage, "say what is to be otherwise: --resync or --initial"));
-    }
-    Ok(Request::Configure { vm: vm.clone(), changes })
 }
 
 pub fn replica(replica: &Replica) -> Result<Request, Failure> {

@@ -15,6 +15,7 @@ mod crash;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -149,15 +150,25 @@ fn crash(pair: &mut Pair, case: &Case, power: Option<u64>, lost: &mut Option<Str
 }
 
 fn touches_backups(case: &Case) -> bool {
-    matches!(case.drive, Drive::Backup | Drive::BackupToNewFolders | Drive::Restore | Drive::RestoreVhdx)
+    matches!(
+        case.drive,
+        Drive::Backup | Drive::BackupToNewFolders | Drive::Restore | Drive::RestoreVhdx | Drive::RestoreOnto
+    )
 }
 
 /// A restore is a process of its own.
 fn crash_restore(pair: &mut Pair, case: &Case, expect: &Expect) -> Result<()> {
     let to = pair.dir.path().join("restored");
     let format = if case.drive == Drive::RestoreVhdx { "vhdx" } else { "raw" };
-    let arguments =
-        ["restore", VM, "--backup", "latest", "--to", path(&to), "--format", format, "--overwrite"];
+    let whole = ["restore", VM, "--backup", "latest", "--overwrite"];
+    let (system, data) = (to.join("system.raw"), to.join("data.raw"));
+    let onto = [&system, &data].map(|path| format!("{}={}", name_of(path), path.display()));
+    let where_to = match case.drive {
+        Drive::RestoreOnto => ["--onto", onto[0].as_str(), "--onto", onto[1].as_str()],
+        _ => ["--to", path(&to), "--format", format],
+    };
+    let arguments = [&whole[..], &where_to[..]].concat();
+    std::fs::create_dir_all(&to).map_err(|error| Trouble(error.to_string()))?;
     let status = pair.head.command(&arguments)?.env(steps::FAIL_AT, case.fail_at()).output();
     let died_of = status.map_err(|error| Trouble(error.to_string()))?.status.signal();
     if died_of != Some(9) {
@@ -172,6 +183,11 @@ fn crash_restore(pair: &mut Pair, case: &Case, expect: &Expect) -> Result<()> {
     }
     std::fs::remove_dir_all(&to).map_err(|error| Trouble(error.to_string()))?;
     pair.check(expect, false, true)
+}
+
+/// A disk's name, from its file's.
+fn name_of(path: &Path) -> &str {
+    path.file_stem().and_then(|name| name.to_str()).expect("paths of tests are text")
 }
 
 /// Making a site: whatever it was cut off at, it can be made, and runs.

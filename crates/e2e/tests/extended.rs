@@ -172,6 +172,19 @@ fn logs_are_passed_on_as_they_are_and_several_as_one() {
     );
     assert_eq!(relationship(&three.far, "replica").unwrap().unwrap()["peer"], "head");
 
+    // How it is passed on is configured here; what only its VM has is not.
+    let faster = three.world.head.run(&["configure", VM, "--every", "1m"]).unwrap();
+    assert_eq!((faster.status, faster.code()), (64, Some("usage")), "{faster:?}");
+    let frozen = three.world.head.run(&["configure", VM, "--app-every", "1h"]).unwrap();
+    assert_eq!((frozen.status, frozen.code()), (64, Some("usage")), "{frozen:?}");
+    let set = three.world.head.ok(&["configure", VM, "--points", "4"]).unwrap();
+    assert_eq!((&set["role"], &set["points"]), (&"extension".into(), &4.into()));
+    wait_for("the third site to hear of it", LONG, || {
+        let there = relationship(&three.far, "replica")?.unwrap_or_default();
+        Ok((there["points"] == 4).then_some(()))
+    })
+    .unwrap();
+
     // One log: its records travel as they are.
     three.world.burst(3, 1);
     three.world.branch.ok(&["sync", VM]).unwrap();

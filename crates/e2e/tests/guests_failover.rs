@@ -5,13 +5,12 @@ mod common;
 mod guest_world;
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
 use std::time::Duration;
 
 use common::{LONG, VM, path};
-use guest::{Acked, BOOT, Checked, Console, MAC};
+use guest::{Acked, BOOT, Checked, MAC};
+use guest_world::moved::Moved;
 use guest_world::{World, failover_disks, pauses};
 use rig::wait_for;
 use serde_json::{Value, json};
@@ -57,57 +56,6 @@ fn a_guest_goes_on_from_any_point() {
 #[ignore = "twenty boots: make soak"]
 fn a_guest_goes_on_from_twenty_points() {
     to_points(12, 20);
-}
-
-/// A guest that the head office's site has started.
-struct Moved {
-    console: Console,
-    agent: PathBuf,
-    process: u64,
-}
-
-impl Moved {
-    fn of(machine: &Value, dir: &Path) -> Self {
-        let copy = File::create(dir.join("moved-console.log")).unwrap();
-        Self {
-            console: Console::at(Path::new(machine["console"].as_str().unwrap()), copy).unwrap(),
-            agent: machine["guest_agent"].as_str().unwrap().into(),
-            process: machine["process"].as_u64().unwrap(),
-        }
-    }
-
-    fn runs(&self) -> bool {
-        let told = std::fs::read_to_string(format!("/proc/{}/cmdline", self.process)).unwrap_or_default();
-        told.contains("running/web")
-    }
-
-    /// What the guest says of its network card.
-    fn addresses(&self) -> String {
-        let mut stream = UnixStream::connect(&self.agent).unwrap();
-        writeln!(stream, "{}", json!({"execute": "guest-network-get-interfaces"})).unwrap();
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).unwrap();
-        let told: Value = serde_json::from_str(&line).unwrap();
-        let cards = told["return"].as_array().unwrap_or_else(|| panic!("{line}"));
-        cards
-            .iter()
-            .find(|card| card["hardware-address"] == MAC)
-            .unwrap_or_else(|| panic!("{line}"))
-            .to_string()
-    }
-}
-
-/// A site leaves what it has started running, and a test must not.
-impl Drop for Moved {
-    fn drop(&mut self) {
-        if self.runs() {
-            let process = i32::try_from(self.process).unwrap();
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(process),
-                nix::sys::signal::Signal::SIGKILL,
-            );
-        }
-    }
 }
 
 fn event(world: &World, kind: &str) -> Option<Value> {

@@ -8,9 +8,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{BURST_AT, DISKS, LONG, MIB, VM, World};
+use common::{BURST_AT, DISKS, LONG, MIB, VM, World, path};
 use jiff::Timestamp;
-use rig::{LossyDisk, wait_for};
+use rig::{LossyDisk, need, tool, wait_for};
 use serde_json::Value;
 
 fn text(value: &Value) -> &str {
@@ -255,5 +255,79 @@ impl World {
             "the applies are not slow enough to be met: {report}"
         );
         assert_eq!(collisions("pinned"), 0, "{report}");
+    }
+}
+
+#[test]
+fn what_no_rule_keeps_is_forgotten_and_every_backup_is_copied() {
+    need("restic", "restic").unwrap();
+    let mut world = World::new(94);
+    let copies = world.dir.path().join("copies");
+    let config = world.head.dir().join("config.toml");
+    let before = std::fs::read_to_string(&config).unwrap();
+    let more =
+        format!("\n[repositories.copies]\npath = {copies:?}\npassword-file = \"repository.password\"\n");
+    std::fs::write(&config, before + &more).unwrap();
+    world.head.stop();
+    world.head.ok(&["repository", "init", "--repository", "copies"]).unwrap();
+    world.head.serve().unwrap();
+    world.write(1, Duration::from_millis(5));
+    world.protect("2s", &["--points", "2"]);
+    world.replicating();
+    // A person's own backup is nothing that a policy forgets.
+    let by_hand = world.backup(&[]).json["backup"].clone();
+    world.policy_file(
+        "short",
+        "vms = \"web\"\nschedule = \"0 0 1 1 *\"\nrepository = \"local\"\ncopies = [\"copies\"]\n[retention]\nlast = 2",
+    );
+    let listed = |repository: &str| -> Vec<Value> {
+        let listed = world.head.ok(&["backups", "--repository", repository]).unwrap();
+        listed["backups"].as_array().unwrap().iter().map(|backup| backup["id"].clone()).collect()
+    };
+    let mut made = Vec::new();
+    for round in 1..=4 {
+        world.head.ok(&["policy", "run", "short"]).unwrap();
+        let jobs = world.ended("short", round);
+        made.push(jobs[0]["backup"].clone());
+        wait_for("the copy of a backup", LONG, || {
+            Ok((!listed("copies").is_empty() && listed("copies").len() >= round.min(2)).then_some(()))
+        })
+        .unwrap();
+    }
+    wait_for("old backups to be forgotten", LONG, || {
+        Ok((listed("local").len() == 3 && listed("copies").len() == 2).then_some(()))
+    })
+    .unwrap();
+    let left = listed("local");
+    assert!(
+        left.contains(&by_hand) && left.contains(&made[2]) && left.contains(&made[3]),
+        "{left:?} of {made:?}"
+    );
+    let plan = world.head.ok(&["policy", "plan", "short"]).unwrap();
+    let kept: Vec<bool> =
+        plan["vms"][0]["backups"].as_array().unwrap().iter().map(|one| one["kept"] == true).collect();
+    assert_eq!(kept, [true; 3], "{plan}");
+
+    // The copy is the same moment, restored from the second repository alone; restic finds both whole.
+    let newest = listed("copies").pop().unwrap();
+    let to = world.dir.path().join("from-copy");
+    world
+        .head
+        .ok(&["restore", VM, "--backup", text(&newest), "--repository", "copies", "--to", path(&to)])
+        .unwrap();
+    let images: Vec<_> = DISKS.iter().map(|(disk, _)| to.join(format!("{disk}.raw"))).collect();
+    world.state(&images);
+    let password = world.head.dir().join("repository.password");
+    for repository in [&copies, &world.head.dir().join("repository")] {
+        tool(Command::new("restic").args([
+            "-q",
+            "check",
+            "--no-cache",
+            "-r",
+            path(repository),
+            "-p",
+            path(&password),
+        ]))
+        .unwrap();
     }
 }

@@ -17,6 +17,7 @@ mod backoff;
 pub mod backup;
 mod base;
 pub mod bitmaps;
+mod change;
 mod consistency;
 mod cycle;
 mod expiry;
@@ -34,6 +35,7 @@ mod time;
 
 pub use backoff::CycleBackoff;
 pub use base::BaseState;
+pub use change::Change;
 pub use consistency::{Consistency, LogClass, NoSuchPoint, PointInfo, Wanted, choose_point};
 pub use cycle::{CyclePlan, Head, LogAttempt, Reconciled, Shipped, Tracking, phase_after, plan_cycle};
 pub use expiry::{EXPIRY_WARNING, Expiry, expiry};
@@ -46,7 +48,7 @@ pub use measure::{
     CycleTally, LastError, Owed, ReplicaTally, Sum, Tally, WINDOW_HOURS_MAX, Window, tally_ms,
 };
 pub use phase::{ApplyState, Phase, Progress, Purpose, ResyncReason, Side, TRANSITIONS, Transition};
-pub use points::{PinnedPoint, PointRef, UnknownPoint, find_point};
+pub use points::{PinnedPoint, PointRef, TravellingPin, UnknownPoint, find_point};
 pub use resync::{
     DailyWindow, INITIAL_AHEAD_MAX, InitialStart, MayRun, PolicyError, ResyncPolicy, ResyncWord,
     check_initial_start, may_run,

@@ -55,6 +55,8 @@ pub enum ResyncReason {
     Reversed,
     /// The replica begins with images that its site had.
     Seeded,
+    /// Backups were restored over its disks, behind QEMU's back.
+    Restored(String),
 }
 
 impl fmt::Display for ResyncReason {
@@ -68,6 +70,7 @@ impl fmt::Display for ResyncReason {
             Self::Requested => f.write_str("it was asked for"),
             Self::Reversed => f.write_str("the VM was failed over, and is replicated the other way now"),
             Self::Seeded => f.write_str("the replica begins with images that its site had"),
+            Self::Restored(what) => write!(f, "a backup was restored over its disks ({what})"),
         }
     }
 }

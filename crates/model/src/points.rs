@@ -110,6 +110,17 @@ pub fn find_point(
     }
 }
 
+/// A pin on its way to another site, where the point has another id: it is known by its moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TravellingPin {
+    /// The point's moment.
+    pub taken_at: Timestamp,
+    /// The point's name.
+    pub name: Option<PointName>,
+    /// When it was pinned.
+    pub pinned_at: Timestamp,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@
 //! What holds:
 //! * a start that was missed is caught up once, however many were;
 //! * no attempt begins in a blackout, or after the window's end;
-//! * a plan never forgets the newest backup of a VM, nor one that has a name.
+//! * a plan never forgets the newest backup of a VM, nor one that a person has asked for.
 //!
 //! It is pure: moments come in as arguments, and a time zone as what the caller has looked up. What it does not do: make
 //! jobs, ask the gate, or delete anything (that is `site` and `repository`).

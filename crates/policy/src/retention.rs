@@ -48,8 +48,8 @@ pub struct Candidate<I> {
     pub id: I,
     /// The moment of its point: it is that moment's state, whenever it was stored.
     pub taken_at: Timestamp,
-    /// A person has named it, and wants it kept.
-    pub named: bool,
+    /// A person has asked for it: no policy forgets it.
+    pub by_hand: bool,
 }
 
 /// Why a backup is kept.
@@ -58,8 +58,8 @@ pub struct Candidate<I> {
 pub enum Reason {
     /// It is the newest: that one is always kept.
     Newest,
-    /// It has a name.
-    Named,
+    /// A person has asked for it.
+    ByHand,
     /// It is younger than `within`.
     Within,
     /// By `last`.
@@ -82,7 +82,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Newest => "newest",
-            Self::Named => "named",
+            Self::ByHand => "by-hand",
             Self::Within => "within",
             Self::Last => "last",
             Self::Hourly => "hourly",
@@ -157,7 +157,7 @@ pub fn plan<I>(
     let verdict = |(place, backup): (usize, Candidate<I>)| {
         let by_itself = [
             (Reason::Newest, place == 0),
-            (Reason::Named, backup.named),
+            (Reason::ByHand, backup.by_hand),
             (Reason::NoRule, is_without_rule),
             (Reason::Within, within.is_some_and(|within| now.since(backup.taken_at) < within)),
         ];
@@ -192,7 +192,7 @@ mod tests {
             .map(|age| Candidate {
                 id: age,
                 taken_at: Timestamp(now.0 - i64::from(age) * 3_600_000_000),
-                named: false,
+                by_hand: false,
             })
             .collect()
     }
@@ -229,9 +229,9 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_and_the_named_are_kept_whatever_the_rules() {
+    fn the_newest_and_those_made_by_hand_are_kept_whatever_the_rules() {
         let mut backups = hourly(5, Timestamp(noon().0 - 365 * 24 * 3_600_000_000));
-        backups[3].named = true;
+        backups[3].by_hand = true;
         let none = Retention { within: Some(HOUR), ..Retention::default() };
         assert_eq!(kept(none, backups), [0, 3]);
     }
@@ -288,7 +288,7 @@ mod tests {
             let (mut all, mut left) = (Vec::new(), Vec::new());
             for (id, step) in (0_u32..).zip(steps) {
                 at += step * 60_000_000;
-                let made = Candidate { id, taken_at: Timestamp(at), named: false };
+                let made = Candidate { id, taken_at: Timestamp(at), by_hand: false };
                 all.push(made.clone());
                 left.push(made);
                 let policies = [(retention, berlin())];

@@ -63,6 +63,9 @@ pub struct CycleReport {
     /// The moment of its group, if it was one.
     #[serde(default)]
     pub shared: Option<GroupMoment>,
+    /// The next one follows at once: there are more moments to be passed on.
+    #[serde(default)]
+    pub goes_on: bool,
 }
 
 pub(crate) type DiskOf<P> = <<P as Ports>::Guest as Guest>::Disk;
@@ -114,7 +117,8 @@ impl<P: Ports> Relationship<P> {
                 self.squared = !self.row.is_whole_on_media();
                 let point = (self.row.phase == Phase::Replicating).then_some(consistency);
                 let report = report(plan, moment, point, note, shipment, reading, fixed.elapsed());
-                Ok(CycleReport { shared: group, ..report })
+                let goes_on = vm.has_backlog(self.row.shipped.tracking).await;
+                Ok(CycleReport { shared: group, goes_on, ..report })
             }
             Err(failure) => {
                 // The fate of the last log may be unknown: keep every change since the last known one.
@@ -199,6 +203,7 @@ impl<P: Ports> Relationship<P> {
             paused: row.paused,
             generation: row.generation,
             media: row.offered_media(),
+            pins: vm.pins().await,
             group: self.group.as_ref().map(|membership| membership.group.clone()),
         }
     }
@@ -332,7 +337,9 @@ impl<P: Ports> Relationship<P> {
         let freezes = self.row.settings.app_every.is_some() && seat.as_ref().is_some_and(Seat::freezes);
         let agent =
             self.row.settings.agent().filter(|_| freezes || self.application_point_is_due(plan.purpose));
-        let request = CaptureRequest { disks, fresh: &fresh, base: plan.base, next: plan.next, again, seat };
+        let in_pass = plan.purpose != Purpose::Changes;
+        let request =
+            CaptureRequest { disks, fresh: &fresh, base: plan.base, next: plan.next, in_pass, again, seat };
         match agent {
             None => {
                 let capture = vm.begin_capture(request).await?;
@@ -618,5 +625,6 @@ fn report(
         reading,
         total,
         shared: None,
+        goes_on: false,
     }
 }

@@ -24,6 +24,7 @@ impl<P: Ports> Relationship<P> {
     /// goes on where it was cut off.
     pub async fn hand_over(&mut self, shut_down: Option<Duration>) -> Result<HandedOver, Failure> {
         self.check_no_media("there is nothing to fail over to")?;
+        self.check_not_moving()?;
         let handed = match self.handed_over_before().await? {
             Some(handed) => handed,
             None => {

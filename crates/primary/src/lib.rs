@@ -17,6 +17,7 @@
 
 mod ahead;
 mod compress;
+mod configure;
 mod cover;
 mod cycle;
 mod digests;
@@ -26,41 +27,46 @@ mod folder;
 mod group;
 mod handover;
 mod media;
+mod overwritten;
 mod passes;
 pub mod ports;
 mod protect;
 mod read;
 mod real;
 mod relationship;
+mod relocate;
 mod rows;
 mod runner;
 mod ship;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
 use model::{
     Assessment, CycleBackoff, CycleTally, DiskName, GroupName, Health, HealthThresholds, InitialStart,
-    LastError, LogNumber, MayRun, Phase, ResyncPolicy, ResyncReason, Sum, Timestamp, VmId, VmName,
+    LastError, LogNumber, MayRun, Phase, ResyncReason, Sum, Timestamp, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
-use wire::HandedOver;
+use wire::{HandedOver, KeyId, Relocation};
 
 pub use crate::ahead::AHEAD_FROM_BYTES;
 pub use crate::compress::Compress;
+pub use crate::configure::Changes;
 pub use crate::cycle::CycleReport;
 pub use crate::error::{Error, Failure, FailureCode};
 use crate::group::{GroupRow, Handles, Running};
 pub use crate::group::{GroupStatus, Synced};
+pub use crate::overwritten::overwritten_offline;
 use crate::ports::Ports;
 pub use crate::protect::find_domain;
 pub use crate::read::RecordSink;
 pub use crate::real::{PeerClients, Real, WireRemote, random_id};
 pub use crate::relationship::{Relationship, Shared, Stopper};
-pub use crate::rows::{Image, KnownDisk, Media, Passes, Protected, Settings, Written};
+pub use crate::rows::{Image, KnownDisk, Media, Passes, Protected, Relocating, Settings, Written};
 use crate::runner::{Handle, Order};
 pub use qemu::{DomainAddress, Monitor};
 
@@ -99,15 +105,6 @@ pub struct ProtectRequest {
     /// How its initial replication is to begin.
     #[serde(default)]
     pub initial: InitialStart,
-}
-
-/// What a person wants to have otherwise for a protected VM.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Changes {
-    /// When both sides are compared without being asked.
-    pub resync: Option<ResyncPolicy>,
-    /// How its initial replication is to begin.
-    pub initial: Option<InitialStart>,
 }
 
 /// What there is to say of a protected VM.
@@ -157,6 +154,9 @@ pub struct VmStatus {
     pub group: Option<GroupName>,
     /// The moment of the newest application-consistent point.
     pub app_at: Option<Timestamp>,
+    /// How far its move to another site is, as the site that has it told last; see [`Settings::relocating`].
+    #[serde(default)]
+    pub relocation: Relocation,
 }
 
 impl VmStatus {
@@ -184,6 +184,7 @@ impl VmStatus {
             last_error: None,
             group: None,
             app_at: row.app_at,
+            relocation: Relocation::default(),
         }
     }
 }
@@ -278,6 +279,18 @@ impl<P: Ports> Primary<P> {
         self.order(name, Order::Resync, WhenRunning::Stop).await
     }
 
+    /// The disks that lie at some of these places (a file, or a device), each with its VM.
+    pub fn disks_at(&self, places: &[PathBuf]) -> Vec<(VmName, DiskName)> {
+        let vms = self.status();
+        vms.iter().flat_map(|vm| overwritten::lying_at(&vm.name, &vm.disks, places)).collect()
+    }
+
+    /// A backup is about to be restored over disks of a VM, which QEMU's bitmaps do not know of: when this comes
+    /// back it is written down that both sides must be compared.
+    pub async fn overwritten(&self, name: &VmName, disks: String) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::Overwritten(disks, done), WhenRunning::Stop).await
+    }
+
     /// Begins to replicate more disks of a VM, by their nodes.
     pub async fn add_disks(&self, name: &VmName, nodes: Vec<String>) -> Result<VmStatus, Error> {
         self.order(name, |done| Order::AddDisks(nodes, done), WhenRunning::Wait).await
@@ -293,8 +306,15 @@ impl<P: Ports> Primary<P> {
         self.order(name, Order::CancelResync, WhenRunning::Stop).await
     }
 
-    /// Changes how a VM is protected.
-    pub async fn configure(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {
+    pub(crate) async fn order_relocated(
+        &self,
+        name: &VmName,
+        to: Option<(String, KeyId)>,
+    ) -> Result<VmStatus, Error> {
+        self.order(name, |done| Order::Relocate(to, done), WhenRunning::Wait).await
+    }
+
+    pub(crate) async fn order_configured(&self, name: &VmName, changes: Changes) -> Result<VmStatus, Error> {
         self.order(name, |done| Order::Configure(changes, done), WhenRunning::Wait).await
     }
 

@@ -3,9 +3,7 @@
 use model::{
     InitialStart, MayRun, Phase, Progress, ResyncPolicy, ResyncReason, ResyncWord, check_initial_start,
 };
-use steps::durable_step;
 
-use crate::Changes;
 use crate::error::{Failure, FailureCode};
 use crate::ports::{Guest, Ports};
 use crate::relationship::Relationship;
@@ -53,22 +51,7 @@ impl<P: Ports> Relationship<P> {
         self.require_resync(why).await.map(drop)
     }
 
-    /// Changes how the VM is protected. A new policy counts at once, also for what was asked for or cancelled before.
-    pub async fn configure(&mut self, changes: Changes) -> Result<(), Failure> {
-        self.check_is_ours()?;
-        if let Some(initial) = changes.initial {
-            self.set_initial(initial).await?;
-        }
-        if let Some(policy) = changes.resync {
-            self.set_policy(policy);
-        }
-        durable_step("primary::configure::saving");
-        self.row.save(&self.shared.catalog).await?;
-        durable_step("primary::configure::saved");
-        Ok(())
-    }
-
-    fn set_policy(&mut self, policy: ResyncPolicy) {
+    pub(crate) fn set_policy(&mut self, policy: ResyncPolicy) {
         self.row.settings.resync = policy;
         // The compare with a seed is an initial replication, which no policy holds up.
         if self.row.passes.why != Some(ResyncReason::Seeded) {
@@ -76,7 +59,7 @@ impl<P: Ports> Relationship<P> {
         }
     }
 
-    async fn set_initial(&mut self, initial: InitialStart) -> Result<(), Failure> {
+    pub(crate) async fn set_initial(&mut self, initial: InitialStart) -> Result<(), Failure> {
         if !self.row.has_not_begun() && self.row.passes.media.is_none() {
             let message = format!(
                 "the initial replication of {} has begun already; 'afterimage pause' and 'resume' stop it and let it go on",

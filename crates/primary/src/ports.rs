@@ -26,16 +26,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use model::group::{Door, GroupMoment};
-use model::{Consistency, DiskName, Head, LogNumber, Timestamp, Tracking, VmId};
+use model::{Consistency, DiskName, Head, LogNumber, Timestamp, Tracking, TravellingPin, VmId, VmName};
 use nbd::DirtyExtent;
 pub use qemu::{AgentAddress, Seat};
 use serde_json::Value;
 pub use wire::{
-    Announced, DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, OfferedMedia,
-    RateLimiter, RelationshipStatus, Report,
+    Announced, DigestRequest, HandOver, HandedOver, HandedOverDisk, InStep, Offer, OfferedDisk, OfferedMedia,
+    RateLimiter, RelationshipStatus, Relocate, RelocateStep, Relocation, Report, TakenOver,
 };
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureCode};
 use crate::read::RecordSink;
 use crate::rows::{KnownDisk, Settings};
 
@@ -115,6 +115,16 @@ pub trait Guest: Send + Sync + 'static {
     /// Whether there is a moment to fix that is newer than that of log `since`. A VM that runs always has one.
     fn has_news(&self, _since: LogNumber) -> impl Future<Output = Result<bool, Failure>> + Send {
         std::future::ready(Ok(true))
+    }
+
+    /// Whether moments newer than that of log `since` wait to be passed on one by one, whatever the interval.
+    fn has_backlog(&self, _since: LogNumber) -> impl Future<Output = bool> + Send {
+        std::future::ready(false)
+    }
+
+    /// The points that the replica is to pin once it has them.
+    fn pins(&self) -> impl Future<Output = Vec<TravellingPin>> + Send {
+        std::future::ready(Vec::new())
     }
 
     /// Bytes changed since the moment of log `since`, as far as its bitmaps are there.
@@ -208,6 +218,8 @@ pub struct CaptureRequest<'a, D> {
     pub base: Option<LogNumber>,
     /// The bitmap that begins at the moment.
     pub next: LogNumber,
+    /// It is a moment of a pass that is not complete.
+    pub in_pass: bool,
     /// Changes were read ahead: what was noted of the time since ends at the moment too, and can be read.
     pub again: bool,
     /// Where the moment is to be one with those of other VMs: whoever can waits for them, and says in
@@ -309,6 +321,24 @@ pub trait Remote: Clone + Send + Sync + 'static {
         newest: &HandOver,
     ) -> impl Future<Output = Result<HandedOver, Failure>> + Send;
 
+    /// Has the replica moved from there to another site, step by step. Asked again, the answer is the same.
+    fn relocate(
+        &self,
+        _vm: VmId,
+        _wanted: &Relocate,
+    ) -> impl Future<Output = Result<Relocation, Failure>> + Send {
+        std::future::ready(Err(cannot_be_moved()))
+    }
+
+    /// Becomes the primary of a VM whose replica was moved there. Asked again, the answer is the same.
+    fn take_over(
+        &self,
+        _name: &VmName,
+        _in_step: InStep,
+    ) -> impl Future<Output = Result<TakenOver, Failure>> + Send {
+        std::future::ready(Err(cannot_be_moved()))
+    }
+
     /// The digests of the blocks of a stretch of a disk, in the replica's newest state; as many as
     /// [`DigestRequest::digests`] says.
     fn digests(
@@ -319,6 +349,10 @@ pub trait Remote: Clone + Send + Sync + 'static {
 
     /// Begins to upload a log. Nothing of it need reach the replica before [`Upload::finish`].
     fn upload(&self, log: LogUpload<'_>) -> Self::Upload;
+}
+
+fn cannot_be_moved() -> Failure {
+    Failure::lasting(FailureCode::ReplicaRefused, "replicas there cannot be moved")
 }
 
 /// A log that is to be uploaded.

@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use model::{DiskName, LogNumber, Timestamp, Tracking, VmId};
+use model::{DiskName, LogNumber, Timestamp, Tracking, VmId, VmName};
 use nbd::DirtyExtent;
 use qemu::{Monitor, Names, NbdAccess, Vm, VmAddress};
 use serde_json::Value;
-use wire::{Client, DigestRequest, HandOver, HandedOver, Offer, RelationshipStatus, Report, Uploader};
+use wire::{
+    Client, DigestRequest, HandOver, HandedOver, InStep, Offer, RelationshipStatus, Relocate, Relocation,
+    Report, TakenOver, Uploader,
+};
 
 use crate::error::{Failure, FailureCode};
 use crate::ports::{
@@ -336,6 +339,14 @@ impl Remote for WireRemote {
 
     async fn hand_over(&self, vm: VmId, newest: &HandOver) -> Result<HandedOver, Failure> {
         self.0.hand_over(vm, newest).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn relocate(&self, vm: VmId, wanted: &Relocate) -> Result<Relocation, Failure> {
+        self.0.relocate(vm, wanted).await.map_err(|error| link_failure(&error))
+    }
+
+    async fn take_over(&self, name: &VmName, in_step: InStep) -> Result<TakenOver, Failure> {
+        self.0.take_over(name, Some(in_step)).await.map_err(|error| link_failure(&error))
     }
 
     async fn digests(&self, vm: VmId, request: &DigestRequest) -> Result<Vec<[u8; 16]>, Failure> {

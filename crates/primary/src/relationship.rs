@@ -12,7 +12,7 @@ use qemu::Seat;
 use steps::durable_step;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use wire::{RateLimiter, Report};
+use wire::{RateLimiter, Relocation, Report};
 
 use crate::ahead::Memory;
 use crate::cycle::CycleReport;
@@ -88,6 +88,8 @@ pub struct Relationship<P: Ports> {
     owed: Owed,
     sent_bytes: u64,
     pending_bytes: Option<u64>,
+    /// How far a move of the replica is, as it was told last.
+    pub(crate) relocation: Relocation,
     pub(crate) stopper: Stopper,
     status: Arc<Mutex<VmStatus>>,
 }
@@ -140,6 +142,7 @@ impl<P: Ports> Relationship<P> {
             owed: Owed::from(loaded_at),
             sent_bytes: 0,
             pending_bytes: None,
+            relocation: Relocation::default(),
             stopper,
         }
     }
@@ -175,6 +178,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Asks a VM that is connected how much has changed since the last cycle, and whether it has got disks.
     pub async fn look(&mut self) {
+        self.look_at_move().await;
         let Some(guest) = self.guest.clone().filter(|guest| guest.is_alive()) else { return };
         self.pending_bytes = match self.look_at_disks(&guest).await {
             Ok(disks) => guest.pending_bytes(&disks, self.row.shipped.tracking).await.ok(),
@@ -262,6 +266,7 @@ impl<P: Ports> Relationship<P> {
 
     /// Leaves nothing of ours in the VM, and tells the replica; the row stays.
     pub async fn forget(&mut self) -> Result<(), Failure> {
+        self.give_up_relocation().await;
         let nodes = self.row.nodes();
         // A VM that is gone has no bitmaps of ours any more.
         if let Ok(guest) = self.connect_guest().await
@@ -286,6 +291,7 @@ impl<P: Ports> Relationship<P> {
             .await
             .map_err(|_| Failure::transient(FailureCode::Stopped, "the site is stopping"))?;
         self.stop = self.stopper.renew();
+        self.move_on().await;
         let started = self.shared.now();
         let outcome = self.cycle().await;
         self.settle(started, &outcome).await;
@@ -327,7 +333,7 @@ impl<P: Ports> Relationship<P> {
         self.pending_bytes = Some(0);
         self.last_cycle = Some(report.clone());
         // A pass goes on at once, and so does what a disk joins by. A cycle that took longer than its interval is not made up for.
-        let goes_on = report.point.is_none() || self.row.has_joining();
+        let goes_on = report.point.is_none() || report.goes_on || self.row.has_joining();
         let pause = if goes_on { Duration::ZERO } else { interval };
         self.book(pause.saturating_sub(now.since(started)));
         let tally = if report.purpose == Purpose::Changes {
@@ -386,6 +392,19 @@ impl<P: Ports> Relationship<P> {
         self.row.save_measured(&self.shared.catalog, &self.measured).await?;
         durable_step("primary::measured::saved");
         Ok(())
+    }
+
+    /// What the replica's site is told has changed: the next cycle is due at once, and begins with an offer.
+    pub(crate) fn square_up_anew(&mut self) {
+        self.squared = false;
+        self.book_now();
+        self.owed = Owed::from(self.next_at);
+    }
+
+    /// The next connection to the VM is a new one.
+    pub(crate) fn let_go_of_guest(&mut self) {
+        self.guest = None;
+        self.squared = false;
     }
 
     /// The next cycle is due at once.
@@ -474,6 +493,7 @@ impl<P: Ports> Relationship<P> {
             sent_bytes: self.sent_bytes,
             last_error: self.measured.last_error.clone().filter(|error| error.at >= measured.since),
             measured,
+            relocation: self.relocation.clone(),
             ..VmStatus::starting(&self.row)
         }
     }

@@ -14,6 +14,7 @@ use model::{
 use qemu::{AgentAddress, Monitor};
 use serde::{Deserialize, Serialize};
 use steps::durable_step;
+use wire::KeyId;
 
 use crate::error::Failure;
 
@@ -76,6 +77,29 @@ pub struct Settings {
     /// When both sides are compared without being asked.
     #[serde(default)]
     pub resync: ResyncPolicy,
+    /// The replica moves to another peer, or has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relocating: Option<Relocating>,
+}
+
+/// A replica's move to another site, as its primary steers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Relocating {
+    /// It is to be at that peer, whose key is this.
+    To {
+        /// The peer.
+        peer: String,
+        /// Its key, by which the other sites know it.
+        key: KeyId,
+    },
+    /// It is, and the peer that had it before has not heard of it yet.
+    From {
+        /// The peer that had it.
+        peer: String,
+        /// The key of the one that has it.
+        key: KeyId,
+    },
 }
 
 /// What a person has said of the pass that is under way or to come, and why it is to be.
@@ -142,7 +166,7 @@ pub struct KnownDisk {
     pub name: DiskName,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// The file that it lies in, where it lies in one.
+    /// The file or device that it lies in, where it lies in one.
     #[serde(default)]
     pub image: Option<Image>,
     /// So much of a disk that has joined is at the replica, from its start, in bytes. It is in no recovery point before
@@ -264,6 +288,12 @@ impl Protected {
     pub async fn save(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
         let row = self.clone();
         catalog.change(move |tx| row.put(tx)).await
+    }
+
+    /// The same for a caller that may block.
+    pub(crate) fn save_blocking(&self, catalog: &Catalog) -> Result<(), catalog::Error> {
+        let row = self.clone();
+        catalog.write(move |tx| row.put(tx))
     }
 
     /// Writes the row of a VM that is new. False, and nothing is written, if there is one of its name by now: two people
@@ -397,6 +427,7 @@ mod tests {
                 bandwidth_bytes_per_s: Some(1_000_000),
                 sign_of_life: Some("agent".into()),
                 excluded: vec!["cd0".into()],
+                relocating: None,
                 resync: "22:00-06:00".parse().unwrap(),
             },
             disks: vec![KnownDisk {

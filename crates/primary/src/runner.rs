@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use model::DiskName;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use qemu::Seat;
-use wire::HandedOver;
+use wire::{HandedOver, KeyId};
 
 use crate::error::Failure;
 use crate::group::Membership;
@@ -26,10 +26,14 @@ pub(crate) enum Order {
     Pause(oneshot::Sender<Result<(), Failure>>),
     Resume(oneshot::Sender<Result<(), Failure>>),
     Resync(oneshot::Sender<Result<(), Failure>>),
+    /// A backup is being restored over some of its disks.
+    Overwritten(String, oneshot::Sender<Result<(), Failure>>),
     AddDisks(Vec<String>, oneshot::Sender<Result<(), Failure>>),
     RemoveDisks(Vec<DiskName>, oneshot::Sender<Result<(), Failure>>),
     CancelResync(oneshot::Sender<Result<(), Failure>>),
     Configure(Changes, oneshot::Sender<Result<(), Failure>>),
+    /// Have the replica moved to this peer, or no more.
+    Relocate(Option<(String, KeyId)>, oneshot::Sender<Result<(), Failure>>),
     /// Give the VM to the replica's site.
     HandOver(Option<Duration>, oneshot::Sender<Result<HandedOver, Failure>>),
     /// End if the VM is off; the answer says whether it is.
@@ -72,10 +76,7 @@ impl Handle {
 }
 
 async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Receiver<Order>) {
-    let [shortest, longest] = LOOK_INTERVALS;
-    let mut looks =
-        tokio::time::interval((relationship.row().settings.interval / 3).clamp(shortest, longest));
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut looks = looks_every(relationship.row().settings.interval);
     loop {
         let due = relationship.due_in();
         tokio::select! {
@@ -105,7 +106,14 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
                     let _ = done.send(outcome);
                 }
                 Some(Order::Join(membership)) => relationship.join_group(membership),
-                Some(order) => obey(&mut relationship, order).await,
+                Some(order) => {
+                    let before = relationship.row().settings.interval;
+                    obey(&mut relationship, order).await;
+                    let interval = relationship.row().settings.interval;
+                    if interval != before {
+                        looks = looks_every(interval);
+                    }
+                }
             },
             () = sleep_for(due) => {
                 if !relationship.has_sent_everything().await {
@@ -118,16 +126,25 @@ async fn run<P: Ports>(mut relationship: Relationship<P>, mut orders: mpsc::Rece
     }
 }
 
+fn looks_every(interval: Duration) -> Interval {
+    let [shortest, longest] = LOOK_INTERVALS;
+    let mut looks = tokio::time::interval((interval / 3).clamp(shortest, longest));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    looks
+}
+
 async fn obey<P: Ports>(relationship: &mut Relationship<P>, order: Order) {
     let (done, result) = match order {
         Order::Sync(done) => (done, relationship.sync().await),
         Order::Pause(done) => (done, relationship.pause().await),
         Order::Resume(done) => (done, relationship.resume().await),
         Order::Resync(done) => (done, relationship.resync().await),
+        Order::Overwritten(disks, done) => (done, relationship.overwritten(disks).await),
         Order::AddDisks(nodes, done) => (done, relationship.add_disks(&nodes).await),
         Order::RemoveDisks(names, done) => (done, relationship.remove_disks(&names).await),
         Order::CancelResync(done) => (done, relationship.cancel_resync().await),
         Order::Configure(changes, done) => (done, relationship.configure(changes).await),
+        Order::Relocate(to, done) => (done, relationship.relocate(to).await),
         Order::CheckOff(done) => (done, relationship.check_off().await),
         Order::Reset(done) => (done, relationship.reset_measurements().await),
         Order::HandOver(..)

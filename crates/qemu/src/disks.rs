@@ -24,11 +24,11 @@ pub struct Disk {
     pub qdev: Option<String>,
     /// The name of its node in this QEMU process, for commands.
     pub block_node: String,
-    /// The file that it lies in, where it lies in one.
+    /// The file or device that it lies in, where it lies in one.
     pub image: Option<Image>,
 }
 
-/// A file that a disk lies in.
+/// A file or a device that a disk lies in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
     /// Where it is.
@@ -151,11 +151,10 @@ fn disk(graph: &Graph, node: &Node, called: &str, others: &[Disk]) -> Disk {
     }
 }
 
-/// What a node lies in, if that is a file whose place is told in full.
+/// What a node lies in, if that is a file or a device whose place is told in full.
 fn image(node: &Node) -> Option<Image> {
-    let is_file = node.file.starts_with('/') && !node.file.starts_with("/dev/");
     let format = if node.is_protocol() { "raw" } else { node.drv.as_str() };
-    is_file.then(|| Image { path: node.file.clone().into(), format: format.to_owned() })
+    node.file.starts_with('/').then(|| Image { path: node.file.clone().into(), format: format.to_owned() })
 }
 
 /// A name that can be a file's, made of QEMU's, and different from the others.

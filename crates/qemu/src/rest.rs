@@ -58,12 +58,12 @@ pub async fn rest_layers(qmp: &Qmp, layers: &[Layer]) -> Result<bool, Error> {
     Ok(true)
 }
 
-async fn nodes(qmp: &Qmp) -> Result<Vec<Value>, Error> {
+pub(crate) async fn nodes(qmp: &Qmp) -> Result<Vec<Value>, Error> {
     qmp.ask(Command::new("query-named-block-nodes", json!({"flat": true}))).await
 }
 
 /// The node of this driver over a file.
-fn node<'a>(nodes: &'a [Value], file: &Path, driver: &str) -> Option<&'a Value> {
+pub(crate) fn node<'a>(nodes: &'a [Value], file: &Path, driver: &str) -> Option<&'a Value> {
     nodes.iter().find(|node| node["drv"] == driver && file_of(node).as_deref().map(Path::new) == Some(file))
 }
 

@@ -143,6 +143,7 @@ fn offer(bytes: u64) -> Offer {
         paused: false,
         generation: 1,
         media: None,
+        pins: Vec::new(),
         group: None,
     }
 }

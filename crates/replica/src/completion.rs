@@ -61,7 +61,7 @@ impl Store {
     pub fn hand_over(&self, peer: &str, vm: VmId, newest: Head, done: bool) -> Result<Vec<FailoverDisk>> {
         let found = match self.vm(vm) {
             Ok(found) => found,
-            Err(error) => return if self.fence(vm)?.is_some() { Ok(Vec::new()) } else { Err(error) },
+            Err(error) => return if self.was_failed_over(vm)? { Ok(Vec::new()) } else { Err(error) },
         };
         {
             let state = found.live()?;
@@ -211,6 +211,10 @@ impl Store {
         rows::fence(self.catalog(), vm)
     }
 
+    fn was_failed_over(&self, vm: VmId) -> Result<bool> {
+        Ok(self.fence(vm)?.is_some_and(|fence| fence.moved_to.is_none()))
+    }
+
     /// The fence of a VM that was failed over to this site for good.
     pub fn fence_of_name(&self, name: &VmName) -> Result<Option<Fence>> {
         rows::fence_of_name(self.catalog(), name)
@@ -235,14 +239,22 @@ fn fence_of(state: &State, at: model::Timestamp) -> Fence {
     let row = &state.row;
     let replicated = (row.peer.clone(), row.doc.interval_s, row.doc.points);
     let folder = Some(row.folder.clone());
-    Fence { vm: row.vm, name: row.name.clone(), generation: row.doc.generation + 1, at, replicated, folder }
+    Fence {
+        vm: row.vm,
+        name: row.name.clone(),
+        generation: row.doc.generation + 1,
+        at,
+        replicated,
+        folder,
+        moved_to: None,
+    }
 }
 
 /// The fence that the folder of a running VM tells of.
 pub(crate) fn released(folder: &Folder) -> Result<Option<Fence>> {
     let fence = |Released { vm, name, generation, at, replicated, .. }| {
         let folder = Some(folder.path.clone());
-        Fence { vm, name, generation, at, replicated, folder }
+        Fence { vm, name, generation, at, replicated, folder, moved_to: None }
     };
     Ok(read_released(folder)?.map(fence))
 }

@@ -101,6 +101,13 @@ impl Store {
                 "its files are held or being moved; wait, or release the hold first",
             ));
         }
+        if let Some(relocating) = state.row.doc.relocating.as_ref().filter(|relocating| relocating.sealed) {
+            let why = format!(
+                "it is being handed over to {}, which has everything: fail over there, or end that with 'afterimage migrate {} --cancel' first",
+                relocating.to, state.row.name
+            );
+            return Err(Error::busy(vm.id, why));
+        }
         if !state.points.contains_key(&point) {
             return Err(Error::NoSuchPoint { vm: vm.id, point });
         }

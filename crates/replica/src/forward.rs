@@ -11,7 +11,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use chain::{ApplyPlan, next_to_forward};
+use chain::{ApplyPlan, next_to_forward, next_to_move};
 use log::EncodedRecord;
 use model::bitmaps::{Ours, Step};
 use model::{DiskName, LogNumber, PointInfo, VmId};
@@ -110,6 +110,13 @@ impl Store {
         Ok(mark(&state, k).is_none_or(|mark| newest.is_some_and(|newest| *newest > mark.at)))
     }
 
+    /// Whether more is to be passed on at once after mark `k`, whatever the interval: where the replica moves.
+    #[must_use]
+    pub fn has_backlog(&self, vm: VmId, k: LogNumber) -> bool {
+        self.vm(vm).is_ok_and(|found| found.lock().row.doc.relocating.is_some())
+            && self.is_newer_than_mark(vm, k).unwrap_or(false)
+    }
+
     /// The bytes of the logs after mark `k`.
     pub fn bytes_after_mark(&self, vm: VmId, k: LogNumber) -> Result<u64> {
         let vm = self.vm(vm)?;
@@ -139,7 +146,16 @@ impl Store {
 
     /// Opens the next point to pass on after that of mark `base`, and marks it as `next`. Without a `base` it is the
     /// newest one.
-    pub fn forward(&self, vm: VmId, base: Option<LogNumber>, next: LogNumber) -> Result<Forward> {
+    ///
+    /// Where the replica moves to the other site every point goes there, the oldest first; within the pass that begins it
+    /// (`in_pass`) it stays the same one.
+    pub fn forward(
+        &self,
+        vm: VmId,
+        base: Option<LogNumber>,
+        next: LogNumber,
+        in_pass: bool,
+    ) -> Result<Forward> {
         let vm = self.vm(vm)?;
         let mut state = vm.live()?;
         if state.is_completing() {
@@ -152,7 +168,15 @@ impl Store {
         let points: Vec<PointInfo> = state.points.values().copied().collect();
         let newest = points.last().copied();
         let disks = |point: PointInfo| disks_at(&state, point.number);
-        let point = match (next_to_forward(&points, since), newest) {
+        let chosen = match &state.row.doc.relocating {
+            None => next_to_forward(&points, since),
+            Some(_) => {
+                let begun = since.filter(|_| in_pass).and_then(|at| state.points.get(&at).copied());
+                let usable = same_disks(&state, &points)?;
+                begun.or_else(|| next_to_move(&usable, since))
+            }
+        };
+        let point = match (chosen, newest) {
             // Disks that have changed in between are the newest point's to show.
             (Some(point), Some(newest)) if disks(point)? != disks(newest)? => newest,
             (Some(point), _) => point,
@@ -255,6 +279,19 @@ impl Forward {
         }
         read
     }
+}
+
+/// The points that have the disks of the newest one: a relationship has one set of them at a time.
+fn same_disks(state: &State, points: &[PointInfo]) -> Result<Vec<PointInfo>> {
+    let Some(newest) = points.last() else { return Ok(Vec::new()) };
+    let disks = disks_at(state, newest.number)?;
+    let mut same = Vec::with_capacity(points.len());
+    for point in points {
+        if disks_at(state, point.number)? == disks {
+            same.push(*point);
+        }
+    }
+    Ok(same)
 }
 
 fn mark(state: &State, k: LogNumber) -> Option<Mark> {

@@ -106,6 +106,8 @@ pub struct ReplicaStatus {
     pub media: Option<AwaitedMedia>,
     /// The group that its primary has it in.
     pub group: Option<model::GroupName>,
+    /// The site that it is on its way to.
+    pub moving_to: Option<String>,
     /// Its failover, if it is failed over.
     pub failover: Option<FailoverStatus>,
 }
@@ -228,7 +230,11 @@ impl Store {
             apply: state.apply.clone(),
             health,
             health_since: state.health.1,
-            migrating_since: doc.migrating.as_ref().map(|migrating| migrating.since),
+            migrating_since: doc
+                .migrating
+                .as_ref()
+                .map(|migrating| migrating.since)
+                .or(doc.relocating.as_ref().map(|relocating| relocating.since)),
         }
     }
 
@@ -268,6 +274,7 @@ impl Store {
             disks: doc.offered.clone(),
             interval_s: doc.interval_s,
             points_wanted: doc.points,
+            moving_to: doc.relocating.as_ref().map(|relocating| relocating.to.clone()),
             head: doc.head,
             last_log_at: doc.last_log_at,
             applied: doc.base.applied,

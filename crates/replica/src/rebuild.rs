@@ -246,6 +246,8 @@ fn first_doc(description: &Description, now: Timestamp) -> VmDoc {
         unsure: false,
         pinned: Vec::new(),
         forwarded: Vec::new(),
+        relocating: None,
+        awaited_pins: Vec::new(),
         media: None,
         group: description.group.clone(),
         measured: Window::beginning(now),

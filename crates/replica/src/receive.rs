@@ -21,7 +21,7 @@ use steps::durable_step;
 use crate::error::{Error, Refused, Result, is_no_space};
 use crate::folder::{Folder, parse_partial};
 use crate::fs::Files;
-use crate::relationship::{check_peer, fenced, refuses_logs, set_phase};
+use crate::relationship::{check_peer, fenced, pin_awaited, refuses_logs, set_phase};
 use crate::rows::{self, LogRow};
 use crate::store::Store;
 use crate::vm::{ChainLog, State, Vm, read_exact};
@@ -280,6 +280,11 @@ impl Store {
             if !doc.disks.contains(&disk.name) {
                 doc.disks.push(disk.name.clone());
             }
+        }
+        if pin_awaited(doc, point.iter()) {
+            durable_step("replica::receive::pinning");
+            crate::rebuild::describe_row(&row, state)?;
+            durable_step("replica::receive::pinned");
         }
         let (vm, saved) = (state.row.vm, log.clone());
         durable_step("replica::receive::chaining");

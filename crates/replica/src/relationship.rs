@@ -5,7 +5,10 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use model::group::Group;
-use model::{DiskName, Head, LogId, LogNumber, Phase, Progress, Timestamp, VmId, VmName, Window};
+use model::{
+    DiskName, Head, LogId, LogNumber, Phase, PinnedPoint, PointInfo, Progress, Timestamp, TravellingPin,
+    VmId, VmName, Window,
+};
 use steps::durable_step;
 
 use crate::completion::fresh_home;
@@ -42,7 +45,38 @@ pub struct Offer {
     pub media: Option<Awaited>,
     /// The group that it is in.
     pub group: Option<Group>,
+    /// The points that are to be pinned once they are here.
+    pub pins: Vec<TravellingPin>,
 }
+
+/// Where the chain here and the one that a primary comes from are one state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InStep {
+    /// The newest log here.
+    pub there: LogNumber,
+    /// The newest log of the other chain.
+    pub here: LogNumber,
+}
+
+impl InStep {
+    /// The end of the chain from now on. The next log has a number beyond both chains': the primary's bitmaps are named
+    /// after them. A gap in the numbers is nothing new, they have one after each loss.
+    fn check(self, state: &State) -> Result<Head> {
+        let head = state.row.doc.head;
+        let is_point = state.points.contains_key(&head.number);
+        if head.number != self.there || !is_point || self.here.0 > NUMBER_MAX {
+            let message = format!(
+                "the newest point of VM {} here is not number {}: the replica that is moved here is not complete",
+                state.row.name, self.there
+            );
+            return Err(Refused::transient("wrong-number", message, Duration::from_secs(5)).into());
+        }
+        Ok(Head { number: head.number.max(self.here), id: head.id })
+    }
+}
+
+/// Beyond that no chain comes by logs.
+const NUMBER_MAX: u64 = 1 << 62;
 
 /// Where a relationship stands here, for its primary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,10 +157,19 @@ impl Store {
         doc.generation = offer.generation;
         doc.media = offer.media;
         doc.group = offer.group;
+        doc.awaited_pins = offer.pins;
+        pin_awaited(doc, state.points.values());
         // Whoever offers is about to send: what failed before is no error that lasts.
         take_report(doc, offer.phase, None, offer.paused, self.now());
         let described = |VmRow { name, doc, .. }: &VmRow| {
-            (name.clone(), doc.interval_s, doc.points, doc.offered.clone(), doc.group.clone())
+            (
+                name.clone(),
+                doc.interval_s,
+                doc.points,
+                doc.offered.clone(),
+                doc.group.clone(),
+                doc.pinned.clone(),
+            )
         };
         let changed = described(&row) != described(&state.row);
         if row != state.row {
@@ -174,30 +217,33 @@ impl Store {
         Ok(())
     }
 
-    /// Makes a VM another peer's: what its primary was until now may send nothing for it any more. Gives its generation
-    /// from now on.
-    pub fn take_over(&self, peer: &str, vm: VmId) -> Result<u64> {
+    /// Makes a VM another peer's: what its primary was until now may send nothing for it any more. Where the replica was
+    /// moved here the two are `in_step`, and nothing is compared. Gives its generation from now on, and where its chain ends.
+    pub fn take_over(&self, peer: &str, vm: VmId, in_step: Option<InStep>) -> Result<(u64, Head)> {
         let vm = self.vm(vm)?;
         let mut receiving = vm.receiving.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = vm.live()?;
         if state.row.peer == peer {
-            return Ok(state.row.doc.generation);
+            return Ok((state.row.doc.generation, state.row.doc.head));
         }
         if state.in_failover() {
             return Err(Error::busy(vm.id, "it is failed over here; cancel or complete the failover first"));
         }
         let mut row = state.row.clone();
+        if let Some(in_step) = in_step {
+            row.doc.head = in_step.check(&state)?;
+        }
         row.peer = peer.to_owned();
         row.doc.generation += 1;
         row.doc.withdrawn = false;
-        let generation = row.doc.generation;
+        let (generation, head) = (row.doc.generation, row.doc.head);
         durable_step("replica::takeover::writing");
         self.commit_row(&mut state, row)?;
         durable_step("replica::takeover::written");
         *receiving = None;
         crate::rebuild::describe(&state)?;
         durable_step("replica::takeover::described");
-        Ok(generation)
+        Ok((generation, head))
     }
 
     /// Removes a replica with all its files. Views of it end; a hold must be released first.
@@ -231,9 +277,12 @@ impl Store {
     /// Removes the files of a replica that is to go, and then all that says that they are there.
     pub(crate) fn end_removal(&self, row: &VmRow) -> Result<()> {
         self.files().remove_folder(&row.folder)?;
-        let id = row.vm;
+        let (id, fence) = (row.vm, crate::relocate::fence_of(row, self.now()));
         durable_step("replica::remove::writing");
-        self.catalog().write(move |tx| rows::remove_vm(tx, id))?;
+        self.catalog().write(move |tx| {
+            rows::remove_vm(tx, id)?;
+            fence.iter().try_for_each(|fence| rows::raise_fence(tx, fence))
+        })?;
         durable_step("replica::remove::written");
         Ok(())
     }
@@ -264,11 +313,25 @@ pub(crate) fn refuses_logs(state: &State) -> Option<Refused> {
         let message = format!("the storage of VM {name} is being moved on the replica's site");
         return Some(Refused::transient("migration", message, Duration::from_secs(30)));
     }
+    if let Some(relocating) = state.row.doc.relocating.as_ref().filter(|relocating| relocating.sealed) {
+        let message = format!(
+            "the replica of VM {name} is being handed over to {}; what changes meanwhile goes there",
+            relocating.to
+        );
+        return Some(Refused::transient("migration", message, Duration::from_secs(5)));
+    }
     None
 }
 
-/// Why the old primary of a VM that was failed over for good is turned away.
+/// Why the old primary of a VM that was failed over for good, or whose replica was moved away, is turned away.
 pub(crate) fn fenced(fence: &rows::Fence, generation: u64) -> Refused {
+    if let Some(to) = &fence.moved_to {
+        let message = format!(
+            "the replica of VM {} was moved from here to {to} (generation {}), and nothing of generation {generation} is taken any more; if your site was put back from an older copy, run 'afterimage unprotect {}' there and protect it anew, to {to}",
+            fence.name, fence.generation, fence.name
+        );
+        return Refused::lasting("moved", message);
+    }
     let message = format!(
         "VM {} was failed over to this site for good and has run here since (generation {}); what you have is the VM of before (generation {generation}), and nothing of it is taken. Keep it switched off; 'afterimage failover reverse {}' here makes your site its replica, or run 'afterimage unprotect {}' at yours",
         fence.name, fence.generation, fence.name, fence.name
@@ -321,6 +384,8 @@ pub(crate) fn first_doc(offer: &Offer, now: Timestamp) -> VmDoc {
         unsure: false,
         pinned: Vec::new(),
         forwarded: Vec::new(),
+        relocating: None,
+        awaited_pins: offer.pins.clone(),
         media: offer.media.clone(),
         group: offer.group.clone(),
         measured: Window::beginning(now),
@@ -340,6 +405,24 @@ fn take_report(doc: &mut VmDoc, phase: Phase, error: Option<String>, paused: boo
         }
     }
     doc.reported = Reported { phase, error, paused, at: now };
+}
+
+/// Pins those of the points that are to be pinned and are not yet. They are known by their moments: where they come from their
+/// ids were others. Whether there were any.
+pub(crate) fn pin_awaited<'a>(doc: &mut VmDoc, points: impl Iterator<Item = &'a PointInfo>) -> bool {
+    let mut pinned = false;
+    for point in points {
+        let Some(place) = doc.awaited_pins.iter().position(|pin| pin.taken_at == point.taken_at) else {
+            continue;
+        };
+        let TravellingPin { name, pinned_at, .. } = doc.awaited_pins.remove(place);
+        let is_there = |pin: &PinnedPoint| pin.number == point.number || name.is_some() && pin.name == name;
+        if !doc.pinned.iter().any(is_there) {
+            doc.pinned.push(PinnedPoint { number: point.number, id: point.id, name, pinned_at });
+            pinned = true;
+        }
+    }
+    pinned
 }
 
 /// Changes the phase; its age counts from when its kind changed, not from each step of a pass.

@@ -11,7 +11,7 @@ use media::MediaKey;
 use model::group::{Group, GroupMoment};
 use model::{
     DiskName, Head, LogClass, LogId, LogNumber, MediaId, Phase, PinnedPoint, PointInfo, Progress, Purpose,
-    ReplicaTally, Timestamp, VmId, VmName, Window,
+    ReplicaTally, Timestamp, TravellingPin, VmId, VmName, Window,
 };
 use rusqlite::types::FromSqlError;
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,9 @@ ALTER TABLE replica_fences ADD COLUMN folder TEXT;
 CREATE TABLE replica_moments (
     vm TEXT NOT NULL REFERENCES replica_vms ON DELETE CASCADE,
     number INTEGER NOT NULL, id TEXT NOT NULL, moment TEXT NOT NULL, PRIMARY KEY (vm, number)) STRICT;
+", "
+-- The site that the replica was moved to, where it was no failover that it ended with.
+ALTER TABLE replica_fences ADD COLUMN moved_to TEXT;
 "];
 
 /// A disk and its size, as the catalog keeps it.
@@ -118,6 +121,20 @@ pub(crate) struct Migrating {
     pub to: PathBuf,
 }
 
+/// The replica is on its way to another site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Relocating {
+    /// That site, as a peer of this one.
+    pub to: String,
+    pub since: Timestamp,
+    /// No more logs are taken: the other site has everything, and is about to get the next one.
+    #[serde(default)]
+    pub sealed: bool,
+    /// It was passed on to that site before, and is if it stays.
+    #[serde(default)]
+    pub extended: bool,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FailoverRow {
     pub point: LogNumber,
@@ -134,7 +151,7 @@ pub(crate) struct FailoverRow {
     pub completing: bool,
 }
 
-/// What keeps the old primary of a VM that was failed over for good from replicating to this site.
+/// What keeps the old primary of a VM that was failed over for good, or whose replica was moved away, from replicating to this site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fence {
     /// The VM.
@@ -149,6 +166,8 @@ pub struct Fence {
     pub replicated: (String, u64, u8),
     /// The folder with its disks.
     pub folder: Option<PathBuf>,
+    /// The peer that has the replica now, where it was moved and nothing runs here.
+    pub moved_to: Option<String>,
 }
 
 /// What changes with a VM's life; one document in the catalog.
@@ -192,6 +211,12 @@ pub(crate) struct VmDoc {
     /// What a third site has, to which this replica is passed on.
     #[serde(default)]
     pub forwarded: Vec<Mark>,
+    /// It is on its way to another site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relocating: Option<Relocating>,
+    /// Points that are to be pinned once they are here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub awaited_pins: Vec<TravellingPin>,
     /// The media that the initial replication comes on, until the primary has heard that they were imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media: Option<Awaited>,
@@ -424,9 +449,9 @@ pub(crate) fn parent(catalog: &Catalog, vm: VmId, id: LogId) -> Result<Option<Lo
 /// Raises a fence; one that is there is never lowered.
 pub(crate) fn raise_fence(tx: &Transaction<'_>, fence: &Fence) -> rusqlite::Result<()> {
     tx.prepare_cached(
-        "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (vm) DO UPDATE SET
+        "INSERT INTO replica_fences VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (vm) DO UPDATE SET
          name = excluded.name, generation = max(generation, excluded.generation), at = excluded.at,
-         replicated = excluded.replicated, folder = excluded.folder",
+         replicated = excluded.replicated, folder = excluded.folder, moved_to = excluded.moved_to",
     )?
     .execute(params![
         fence.vm.to_string(),
@@ -435,6 +460,7 @@ pub(crate) fn raise_fence(tx: &Transaction<'_>, fence: &Fence) -> rusqlite::Resu
         fence.at.0,
         to_json(&fence.replicated),
         fence.folder.as_ref().map(|folder| folder.to_string_lossy()),
+        fence.moved_to,
     ])?;
     Ok(())
 }
@@ -445,10 +471,10 @@ pub(crate) fn fence(catalog: &Catalog, vm: VmId) -> Result<Option<Fence>> {
     Ok(catalog.read(|c| c.query_row(query, [vm.to_string()], read_fence).optional())?)
 }
 
-/// The newest fence of a VM of this name.
+/// The newest fence of a VM of this name that was failed over to this site.
 pub(crate) fn fence_of_name(catalog: &Catalog, name: &VmName) -> Result<Option<Fence>> {
     use catalog::OptionalExtension;
-    let query = "SELECT * FROM replica_fences WHERE name = ?1 ORDER BY at DESC LIMIT 1";
+    let query = "SELECT * FROM replica_fences WHERE name = ?1 AND moved_to IS NULL ORDER BY at DESC LIMIT 1";
     Ok(catalog.read(|c| c.query_row(query, [name.as_str()], read_fence).optional())?)
 }
 
@@ -460,6 +486,7 @@ fn read_fence(row: &rusqlite::Row<'_>) -> rusqlite::Result<Fence> {
         at: Timestamp(row.get(3)?),
         replicated: json(row, 4)?,
         folder: row.get::<_, Option<String>>(5)?.map(PathBuf::from),
+        moved_to: row.get(6)?,
     })
 }
 

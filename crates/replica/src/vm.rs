@@ -166,6 +166,9 @@ impl State {
             return Vec::new();
         }
         let marks: Vec<LogNumber> = doc.forwarded.iter().map(|mark| mark.at).collect();
+        if doc.relocating.is_some() {
+            return marks; // each point is to arrive there; if they fill the disk, logs are refused
+        }
         let logs: Vec<(LogNumber, u64)> =
             self.logs.iter().map(|(number, log)| (*number, log.row.bytes)).collect();
         chain::marks_kept(&marks, &logs, doc.offered.iter().map(|disk| disk.size_bytes).sum())

@@ -36,6 +36,8 @@ const ELSEWHERE: &[&str] = &[
     "replica::recover::los",
     "replica::rewrite::",
     "replica::remove::",
+    "replica::receive::pinn",
+    "replica::relocate::",
     "replica::report::",
     "replica::seed::",
     "replica::staging::",
@@ -145,7 +147,7 @@ fn live(dir: &Path) {
             Act::Forward => {
                 let base = site.store.marks(VM).unwrap().first().map(|mark| mark.k);
                 let next = base.map_or(LogNumber(1), LogNumber::next);
-                drop(site.store.forward(VM, base, next).unwrap());
+                drop(site.store.forward(VM, base, next, false).unwrap());
                 site.store.change_marks(VM, |found| after_durable(found, base, next)).unwrap();
             }
             Act::Unextend => site.store.change_marks(VM, |found| repair(found, None)).unwrap(),

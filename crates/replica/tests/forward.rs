@@ -126,7 +126,7 @@ fn life(seed: u64, extents_max: usize) -> (usize, usize) {
         }
         let (base, next) = (third.has, number.next());
         let news = base.is_none_or(|base| site.store.is_newer_than_mark(VM, base).unwrap());
-        let forward = site.store.forward(VM, base, next).unwrap();
+        let forward = site.store.forward(VM, base, next, false).unwrap();
         let point = forward.point();
         if !news {
             assert_eq!(third.disks, primary.truth[&point.number], "seed {seed}: there was nothing newer");
@@ -181,7 +181,7 @@ fn an_application_consistent_point_travels_with_what_it_is() {
     primary.points = 2;
     site.store.offer(PEER, primary.offer()).unwrap();
     primary.ship(&site, Purpose::Initial, POINT);
-    let first = site.store.forward(VM, None, LogNumber(1)).unwrap();
+    let first = site.store.forward(VM, None, LogNumber(1), false).unwrap();
     assert_eq!(first.point().consistency, Consistency::Crash);
     drop(first);
     let application = LogClass::Point(Consistency::Application);
@@ -191,7 +191,7 @@ fn an_application_consistent_point_travels_with_what_it_is() {
         site.settle(VM);
     }
     let way: Vec<_> = (1..=2)
-        .map(|k| site.store.forward(VM, Some(LogNumber(k)), LogNumber(k + 1)).unwrap().point())
+        .map(|k| site.store.forward(VM, Some(LogNumber(k)), LogNumber(k + 1), false).unwrap().point())
         .map(|point| (point.number.0, point.consistency))
         .collect();
     assert_eq!(way, [(3, Consistency::Application), (4, Consistency::Crash)]);
@@ -214,7 +214,7 @@ fn logs_are_kept_for_the_third_site_and_not_for_ever() {
     };
     noise(&mut primary);
     primary.ship(&site, Purpose::Initial, POINT);
-    drop(site.store.forward(VM, None, LogNumber(1)).unwrap());
+    drop(site.store.forward(VM, None, LogNumber(1), false).unwrap());
     let mut kept = 0;
     for number in 2..=8 {
         clock.pass(Duration::from_secs(30));
@@ -227,7 +227,7 @@ fn logs_are_kept_for_the_third_site_and_not_for_ever() {
     }
     assert!(kept > 0, "the first ones were kept");
     // Folded in or not: what changed can be told.
-    let forward = site.store.forward(VM, Some(LogNumber(1)), LogNumber(2)).unwrap();
+    let forward = site.store.forward(VM, Some(LogNumber(1)), LogNumber(2), false).unwrap();
     let changed: u64 =
         forward.changed(&disk("vda")).unwrap().iter().map(|range| range.end - range.start).sum();
     assert!((20 << 20..=24 << 20).contains(&changed), "{changed}");

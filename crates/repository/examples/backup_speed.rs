@@ -101,6 +101,7 @@ fn meta(number: u64) -> Result<BackupMeta, Box<dyn Error>> {
             consistency: Consistency::Crash,
         },
         definition: serde_json::json!({}),
+        policy: None,
     })
 }
 

@@ -68,7 +68,7 @@ impl Deref for Aligned {
     }
 }
 
-/// A new file for large writes, at any place and from several threads.
+/// A file for large writes, at any place and from several threads.
 pub(crate) struct DirectFile {
     file: File,
     direct: Option<File>,
@@ -81,6 +81,12 @@ impl DirectFile {
         let file = File::create(path)?;
         let direct = File::options().write(true).custom_flags(OFlag::O_DIRECT.bits()).open(path).ok();
         Ok(Self { file, direct, refused: AtomicBool::new(false) })
+    }
+
+    /// A file that is open already, and what is in it stays.
+    pub(crate) fn over(file: File, path: &Path) -> Self {
+        let direct = File::options().write(true).custom_flags(OFlag::O_DIRECT.bits()).open(path).ok();
+        Self { file, direct, refused: AtomicBool::new(false) }
     }
 
     /// The file, for what is small.

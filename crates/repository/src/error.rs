@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use model::{DiskName, LogNumber, VmId};
 
+use crate::id::BackupId;
+use crate::storage::{Trouble, TroubleKind};
+
 /// The kinds of errors, for callers that decide by them. Stable; [`ErrorKind::code`] is for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -32,10 +35,18 @@ pub enum ErrorKind {
     NoSpace,
     /// A file that would be written is there already.
     FileExists,
+    /// What would be written over is in use.
+    TargetInUse,
+    /// What would be written over cannot take the disk.
+    TargetUnfit,
     /// A program that is needed is missing or failed.
     Program,
     /// The request makes no sense, or is not supported.
     Unsupported,
+    /// The server that has the repository does not answer, is full, or cannot now.
+    Unavailable,
+    /// The server that has the repository does not let us in, or not do this.
+    Denied,
     /// The file system refused.
     Io,
 }
@@ -57,8 +68,12 @@ impl ErrorKind {
             Self::Cancelled => "cancelled",
             Self::NoSpace => "no-space",
             Self::FileExists => "file-exists",
+            Self::TargetInUse => "target-in-use",
+            Self::TargetUnfit => "target-unfit",
             Self::Program => "program-missing",
             Self::Unsupported => "unsupported",
+            Self::Unavailable => "repository-unavailable",
+            Self::Denied => "repository-denied",
             Self::Io => "io-error",
         }
     }
@@ -69,28 +84,28 @@ impl ErrorKind {
 #[non_exhaustive]
 pub enum Error {
     /// There is no repository there.
-    #[error("there is no repository at {}: it has no file 'config'; check the path, or make one first", .path.display())]
+    #[error("there is no repository at {at}: it has no file 'config'; check where it is, or make one first")]
     RepositoryMissing {
         /// Where.
-        path: PathBuf,
+        at: String,
     },
     /// There is one already.
-    #[error("there is a repository at {} already; open it, or choose an empty folder", .path.display())]
+    #[error("there is a repository at {at} already; open it, or choose an empty folder")]
     RepositoryExists {
         /// Where.
-        path: PathBuf,
+        at: String,
     },
     /// No key of the repository opens with that password.
-    #[error("the password does not open the repository at {}; check the password file", .path.display())]
+    #[error("the password does not open the repository at {at}; check the password that is set for it")]
     WrongPassword {
         /// Where.
-        path: PathBuf,
+        at: String,
     },
     /// A file of the repository that everything depends on is damaged.
-    #[error("the repository at {} is damaged: {what}; {remedy}", .path.display())]
+    #[error("the repository at {at} is damaged: {what}; {remedy}")]
     Damaged {
         /// Where.
-        path: PathBuf,
+        at: String,
         /// Which file, and what is wrong with it.
         what: String,
         /// What to do.
@@ -123,10 +138,10 @@ pub enum Error {
         why: String,
     },
     /// No backup has that id.
-    #[error("the repository at {} has no backup {id:?}; 'afterimage backups' lists them", .path.display())]
+    #[error("the repository at {at} has no backup {id:?}; 'afterimage backups' lists them")]
     BackupNotFound {
         /// Where.
-        path: PathBuf,
+        at: String,
         /// What was asked for.
         id: String,
     },
@@ -141,18 +156,22 @@ pub enum Error {
         candidates: String,
     },
     /// Somebody else works on the repository and excludes us.
-    #[error("the repository at {} is locked by {by}; wait until it is done, or, if that program is dead, run 'restic unlock'", .path.display())]
+    #[error(
+        "the repository at {at} is locked by {by}; wait until it is done, or, if that program is dead, run 'afterimage repository unlock'"
+    )]
     Locked {
         /// Where.
-        path: PathBuf,
+        at: String,
         /// Who.
         by: String,
     },
     /// Our lock was taken away, so a prune may have removed what this backup builds on.
-    #[error("somebody removed our lock on the repository at {} while the backup ran; no backup was made, run it again", .path.display())]
+    #[error(
+        "somebody removed our lock on the repository at {at} while this ran; nothing was listed or removed after that, run it again"
+    )]
     LockLost {
         /// Where.
-        path: PathBuf,
+        at: String,
     },
     /// The admission is for another VM or point than the backup says.
     #[error(
@@ -185,7 +204,7 @@ pub enum Error {
         why: String,
     },
     /// The caller asked to stop.
-    #[error("cancelled; nothing was left behind")]
+    #[error("cancelled")]
     Cancelled,
     /// No room left.
     #[error("no space left while writing {}; make room and try again", .path.display())]
@@ -198,6 +217,50 @@ pub enum Error {
     FileExists {
         /// Which.
         path: PathBuf,
+    },
+    /// A device, or a file with something in it, would be written over.
+    #[error("what is on {} would be written over; if it may go, say so with --overwrite", .path.display())]
+    TargetNotEmpty {
+        /// Which.
+        path: PathBuf,
+    },
+    /// What would be written over is in use.
+    #[error("{} is in use by {by}; nothing was written. End that first, or restore to another place", .path.display())]
+    TargetInUse {
+        /// Which.
+        path: PathBuf,
+        /// By what.
+        by: String,
+    },
+    /// What would be written over is too small.
+    #[error("{} has {has_bytes} bytes, disk {disk} needs {needs_bytes}; make it larger, or restore to another place", .path.display())]
+    TargetTooSmall {
+        /// Which.
+        path: PathBuf,
+        /// The disk.
+        disk: DiskName,
+        /// Its size.
+        has_bytes: u64,
+        /// The disk's.
+        needs_bytes: u64,
+    },
+    /// What would be written over must not be.
+    #[error("disks cannot be restored onto {}: {why}", .path.display())]
+    TargetUnfit {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// A restore ended in the middle of a target.
+    #[error("{} is a mix of what it was and of disk {disk} of the backup, do not use it: {source}. Run the same restore again; it goes on where it was", .path.display())]
+    HalfWritten {
+        /// Which.
+        path: PathBuf,
+        /// The disk.
+        disk: DiskName,
+        /// Why it ended.
+        source: Box<Error>,
     },
     /// A program that is needed is missing.
     #[error("the program '{program}' is missing; install it with '{install}'")]
@@ -220,6 +283,26 @@ pub enum Error {
     Unsupported {
         /// What, and what to do instead.
         what: String,
+    },
+    /// The server that has the repository does not answer, is full, or cannot now.
+    #[error("{what} {at}: {why}; try again when it can")]
+    Unavailable {
+        /// What was being done.
+        what: &'static str,
+        /// To which file, where.
+        at: String,
+        /// Why not.
+        why: String,
+    },
+    /// The server that has the repository does not let us in, or not do this.
+    #[error("{what} {at}: {why}; check the credentials that are set for it, and what they may do there")]
+    Denied {
+        /// What was being done.
+        what: &'static str,
+        /// To which file, where.
+        at: String,
+        /// Why not.
+        why: String,
     },
     /// The file system refused.
     #[error("{what} {}: {source}", .path.display())]
@@ -251,11 +334,20 @@ impl Error {
             Self::Revoked { .. } => ErrorKind::Revoked,
             Self::Cancelled => ErrorKind::Cancelled,
             Self::NoSpace { .. } => ErrorKind::NoSpace,
-            Self::FileExists { .. } => ErrorKind::FileExists,
+            Self::FileExists { .. } | Self::TargetNotEmpty { .. } => ErrorKind::FileExists,
+            Self::TargetInUse { .. } => ErrorKind::TargetInUse,
+            Self::TargetTooSmall { .. } | Self::TargetUnfit { .. } => ErrorKind::TargetUnfit,
+            Self::HalfWritten { source, .. } => source.kind(),
             Self::ProgramMissing { .. } | Self::ProgramFailed { .. } => ErrorKind::Program,
             Self::NotAdmitted { .. } | Self::Unsupported { .. } => ErrorKind::Unsupported,
+            Self::Unavailable { .. } => ErrorKind::Unavailable,
+            Self::Denied { .. } => ErrorKind::Denied,
             Self::Io { .. } => ErrorKind::Io,
         }
+    }
+
+    pub(crate) fn target_unfit(path: &Path, why: impl Into<String>) -> Self {
+        Self::TargetUnfit { path: path.to_owned(), why: why.into() }
     }
 
     /// An I/O error on `path`; a full disk is told apart.
@@ -264,6 +356,81 @@ impl Error {
         match source.kind() {
             StorageFull | QuotaExceeded => Self::NoSpace { path: path.to_owned() },
             _ => Self::Io { what, path: path.to_owned(), source },
+        }
+    }
+
+    /// What a storage met with a file of the repository.
+    pub(crate) fn of_storage(what: &'static str, at: String, trouble: Trouble) -> Self {
+        let Trouble { kind, why } = trouble;
+        match kind {
+            TroubleKind::NoSpace => Self::NoSpace { path: at.into() },
+            TroubleKind::Unavailable => Self::Unavailable { what, at, why },
+            TroubleKind::Denied => Self::Denied { what, at, why },
+            TroubleKind::Missing | TroubleKind::Short | TroubleKind::Other => {
+                Self::Io { what, path: at.into(), source: std::io::Error::other(why) }
+            }
+        }
+    }
+}
+
+/// Why a part of a backup could not be read.
+#[derive(Debug)]
+pub(crate) enum Unread {
+    /// It is damaged or missing: this is wrong with it.
+    Damaged(String),
+    /// It may be whole; it could not be asked for.
+    Failed(Error),
+}
+
+impl Unread {
+    /// The error of a backup that has this part.
+    pub(crate) fn of_backup(self, backup: BackupId) -> Error {
+        match self {
+            Self::Damaged(what) => Error::BackupDamaged { backup: backup.short(), what },
+            Self::Failed(error) => error,
+        }
+    }
+
+    /// The same with more said of the damage.
+    pub(crate) fn damaged(self, more: impl FnOnce(String) -> String) -> Self {
+        match self {
+            Self::Damaged(what) => Self::Damaged(more(what)),
+            failed => failed,
+        }
+    }
+
+    /// What is damaged; or that nothing can be told.
+    pub(crate) fn damage(self) -> Result<String, Error> {
+        match self {
+            Self::Damaged(what) => Ok(what),
+            Self::Failed(error) => Err(error),
+        }
+    }
+}
+
+impl From<String> for Unread {
+    fn from(damage: String) -> Self {
+        Self::Damaged(damage)
+    }
+}
+
+impl From<&str> for Unread {
+    fn from(damage: &str) -> Self {
+        Self::Damaged(damage.to_owned())
+    }
+}
+
+impl From<Error> for Unread {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl std::fmt::Display for Unread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Damaged(what) => f.write_str(what),
+            Self::Failed(error) => error.fmt(f),
         }
     }
 }

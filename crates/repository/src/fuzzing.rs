@@ -1,4 +1,5 @@
-//! For crate `fuzzing`: a backup's parts as bytes, without the repository around them.
+//! For crate `fuzzing` and for measuring: a backup's parts as bytes, and an index, without the repository around
+//! them.
 
 use model::{Consistency, LogId, LogNumber, Timestamp, VmId};
 
@@ -40,6 +41,11 @@ pub fn read_backup(manifest: &[u8], tree: &[u8], lengths: &[u8]) -> Result<Vec<R
         disks.push(ReadDisk { size_bytes: disk.size_bytes, chunk_bytes });
     }
     Ok(disks)
+}
+
+/// An index of so many chunks: the memory that it counts itself, in bytes, and whether it has a chunk, by its number.
+pub fn simulated_index(chunks: u64) -> (usize, impl Fn(u64) -> bool) {
+    crate::index::simulated(chunks)
 }
 
 /// Some backups' parts: manifest, list of files, lengths.

@@ -1,18 +1,20 @@
 //! The index: where each chunk and tree is.
 //!
-//! Kept in memory while the repository is open, about 60 bytes for a chunk, and brought up to date from the
+//! Kept in memory while the repository is open, 48 bytes for a chunk ([`Places`]), and brought up to date from the
 //! index files that are new. A chunk counts as there only if the pack that has it is there too; a backup
 //! writes it again otherwise, so a lost pack heals as far as the bytes still exist.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
 use crate::crypto::SEAL_BYTES;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::id::{ById, Id};
 use crate::pack::{BlobKind, PackedBlob};
-use crate::rustic::{FileKind, Store};
+use crate::places::{Entry, Places, of_map};
+use crate::storage::FileKind;
+use crate::store::Store;
 
 /// Where a blob is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,14 +38,6 @@ impl Location {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Entry {
-    pack: u32,
-    offset: u32,
-    len: u32,
-    raw_len: u32,
-}
-
 struct PackState {
     id: Id,
     present: bool,
@@ -52,8 +46,8 @@ struct PackState {
 /// The index in memory.
 #[derive(Default)]
 pub(crate) struct Index {
-    data: HashMap<Id, Entry, ById>,
-    trees: HashMap<Id, Entry, ById>,
+    data: Places,
+    trees: Places,
     packs: Vec<PackState>,
     loaded: HashSet<Id, ById>,
     /// Index files that could not be read, and why.
@@ -63,12 +57,12 @@ pub(crate) struct Index {
 impl Index {
     /// Where a chunk is, if any index file names it.
     pub(crate) fn data(&self, id: &Id) -> Option<Location> {
-        self.data.get(id).map(|entry| self.location(entry))
+        self.data.get(id).map(|entry| self.location(&entry))
     }
 
     /// Where a tree is.
     pub(crate) fn tree(&self, id: &Id) -> Option<Location> {
-        self.trees.get(id).map(|entry| self.location(entry))
+        self.trees.get(id).map(|entry| self.location(&entry))
     }
 
     /// Whether a chunk is there to be referred to.
@@ -78,12 +72,15 @@ impl Index {
 
     /// About how much memory it takes up.
     pub(crate) fn memory_bytes(&self) -> usize {
-        // A hash map has a byte of its own for each place, and keeps an eighth of them free.
-        let of_map = |capacity: usize, entry: usize| capacity * 8 / 7 * (entry + 1);
-        let blobs = self.data.capacity() + self.trees.capacity();
-        of_map(blobs, size_of::<(Id, Entry)>())
+        self.data.memory_bytes()
+            + self.trees.memory_bytes()
             + of_map(self.loaded.capacity(), size_of::<Id>())
             + self.packs.capacity() * size_of::<PackState>()
+    }
+
+    /// The packs that index files name, and whether they are there.
+    pub(crate) fn packs(&self) -> impl Iterator<Item = (Id, bool)> {
+        self.packs.iter().map(|pack| (pack.id, pack.present))
     }
 
     /// Index files that could not be read, and why.
@@ -107,17 +104,22 @@ impl Index {
         let Ok(number) = u32::try_from(self.packs.len()) else { return };
         self.packs.push(PackState { id: pack, present });
         let packs = &self.packs;
-        let map = match kind {
+        let places = match kind {
             BlobKind::Data => &mut self.data,
             BlobKind::Tree => &mut self.trees,
         };
         for blob in blobs {
             let entry = Entry { pack: number, offset: blob.offset, len: blob.len, raw_len: blob.raw_len };
-            let kept = map.entry(blob.id).or_insert(entry);
-            if !packs[kept.pack as usize].present {
-                *kept = entry;
-            }
+            places.add(blob.id, entry, |entry| packs[entry.pack as usize].present);
         }
+    }
+
+    /// Sorts what many additions have brought.
+    fn settle(&mut self) {
+        let packs = &self.packs;
+        let present = |entry: &Entry| packs[entry.pack as usize].present;
+        self.data.settle(present);
+        self.trees.settle(present);
     }
 
     /// Takes in packs that were just written, and the index file that names them.
@@ -126,6 +128,9 @@ impl Index {
             self.add(pack.id, true, pack.kind, pack.blobs.iter().copied());
         }
         self.loaded.insert(file);
+        if self.data.is_unsettled() {
+            self.settle();
+        }
     }
 
     /// Brings the index up to date with the repository. A damaged index file is remembered, not fatal: what
@@ -140,6 +145,9 @@ impl Index {
             *self = Self::default();
         }
         for file in files {
+            if self.data.is_unsettled() {
+                self.settle();
+            }
             if self.loaded.contains(&file) {
                 continue;
             }
@@ -151,19 +159,41 @@ impl Index {
                     }
                     self.loaded.insert(file);
                 }
-                Err(why) => {
+                Err(unread) => {
+                    let why = unread.damage()?;
                     tracing::warn!(%file, why, "an index file is damaged");
                     self.damaged.push((file, why));
                 }
             }
         }
+        self.settle();
         Ok(())
     }
 }
 
-fn read_index_file(store: &Store, id: &Id) -> Result<FileJson, String> {
+/// What an index of so many chunks, in packs of 21 (16 MiB at the usual length), takes up: for measuring.
+pub(crate) fn simulated(chunks: u64) -> (usize, impl Fn(u64) -> bool) {
+    let id = |number: u64| Id::of(&number.to_le_bytes());
+    let mut index = Index::default();
+    for first in (0..chunks).step_by(21) {
+        let blob = |number: u64| PackedBlob {
+            id: id(number),
+            offset: u32::try_from((number - first) * 800_000).unwrap_or(u32::MAX),
+            len: 800_000,
+            raw_len: 1 << 20,
+        };
+        index.add(id(u64::MAX - first), true, BlobKind::Data, (first..(first + 21).min(chunks)).map(blob));
+        if index.data.is_unsettled() {
+            index.settle();
+        }
+    }
+    index.settle();
+    (index.memory_bytes(), move |number| index.has_data(&id(number)))
+}
+
+fn read_index_file(store: &Store, id: &Id) -> Result<FileJson, Unread> {
     let json = store.read_json_file(FileKind::Index, id)?;
-    serde_json::from_slice(&json).map_err(|error| error.to_string())
+    serde_json::from_slice(&json).map_err(|error| error.to_string().into())
 }
 
 /// A pack whose bytes are durable, kept until an index file names it.
@@ -197,9 +227,8 @@ pub(crate) fn write_index_file(store: &Store, packs: &[IndexedPack]) -> Result<I
             })
             .collect(),
     };
-    let json = serde_json::to_vec(&file).map_err(|error| {
-        Error::io("cannot encode the index of", store.path(), std::io::Error::other(error))
-    })?;
+    let json =
+        serde_json::to_vec(&file).map_err(|error| store.failed_here("cannot encode the index of", error))?;
     store.write_json_file(FileKind::Index, &json)
 }
 
@@ -239,7 +268,7 @@ struct BlobJson {
     kind: KindJson,
     offset: u32,
     length: u32,
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, deserialize_with = "or_zero", skip_serializing_if = "is_zero")]
     uncompressed_length: u32,
 }
 
@@ -248,6 +277,11 @@ struct BlobJson {
 enum KindJson {
     Data,
     Tree,
+}
+
+/// rustic writes `null` for what is not compressed, restic nothing.
+fn or_zero<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

@@ -1,16 +1,19 @@
 //! Which backups there are.
 
-use model::{PointInfo, Timestamp, VmId, VmName};
+use model::{DiskName, PointInfo, PolicyName, Timestamp, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::Repository;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::id::{BackupId, Id};
 use crate::manifest::{BackupDisk, FORMAT, MANIFEST_FILE, Manifest};
-use crate::rustic::{FileKind, Snapshot};
+use crate::rustic::Snapshot;
+use crate::storage::FileKind;
 
 /// The tag that all our snapshots have.
 pub(crate) const TAG: &str = "afterimage";
+/// What the tag begins with that names the policy which a backup was made by.
+pub(crate) const POLICY_TAG: &str = "policy:";
 
 /// One backup: all disks of one VM at one recovery point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,6 +38,9 @@ pub struct BackupInfo {
     pub bytes_added: u64,
     /// Seconds that it took; zero if that is not known any more.
     pub seconds: f64,
+    /// The policy that it was made by; a person asked for it if there is none.
+    #[serde(default)]
+    pub policy: Option<PolicyName>,
     pub(crate) tree: Id,
 }
 
@@ -43,6 +49,15 @@ impl BackupInfo {
     #[must_use]
     pub fn disk_bytes(&self) -> u64 {
         self.disks.iter().map(|disk| disk.size_bytes).fold(0, u64::saturating_add)
+    }
+
+    /// One of its disks.
+    pub(crate) fn disk(&self, name: &DiskName) -> Result<&BackupDisk, Error> {
+        self.disks.iter().find(|disk| disk.name == *name).ok_or_else(|| {
+            let known: Vec<_> = self.disks.iter().map(|disk| disk.name.as_str()).collect();
+            let what = format!("backup {} has no disk {name}; it has: {}", self.id.short(), known.join(", "));
+            Error::Unsupported { what }
+        })
     }
 }
 
@@ -67,7 +82,10 @@ impl Repository {
             match self.backup_info(&id) {
                 Ok(Some(info)) if vm.is_none_or(|vm| vm == info.vm) => found.push(info),
                 Ok(_) => {}
-                Err(why) => tracing::warn!(backup = %BackupId(id).short(), why, "a backup is damaged"),
+                Err(unread) => {
+                    let why = unread.damage()?;
+                    tracing::warn!(backup = %BackupId(id).short(), why, "a backup is damaged");
+                }
             }
         }
         found.sort_by_key(|info| (info.point.taken_at, info.made_at, info.id));
@@ -79,7 +97,7 @@ impl Repository {
         let wanted = prefix.to_ascii_lowercase();
         let mut ids = self.store.list(FileKind::Snapshot)?;
         ids.retain(|id| !wanted.is_empty() && id.to_string().starts_with(&wanted));
-        let not_found = || Error::BackupNotFound { path: self.path().to_owned(), id: prefix.to_owned() };
+        let not_found = || Error::BackupNotFound { at: self.at().to_owned(), id: prefix.to_owned() };
         let [id] = ids[..] else {
             if ids.is_empty() {
                 return Err(not_found());
@@ -91,17 +109,14 @@ impl Repository {
                 candidates: shown.join(", "),
             });
         };
-        self.backup_info(&id)
-            .map_err(|what| Error::BackupDamaged { backup: BackupId(id).short(), what })?
-            .ok_or_else(not_found)
+        self.backup_info(&id).map_err(|unread| unread.of_backup(BackupId(id)))?.ok_or_else(not_found)
     }
 
     /// The backup in this snapshot; none if it is not one of ours.
-    pub(crate) fn backup_info(&self, id: &Id) -> Result<Option<BackupInfo>, String> {
-        let snapshot = self
-            .store
-            .read_snapshot(id)
-            .map_err(|why| format!("its snapshot file {} cannot be read: {why}", BackupId(*id).short()))?;
+    pub(crate) fn backup_info(&self, id: &Id) -> Result<Option<BackupInfo>, Unread> {
+        let snapshot = self.store.read_snapshot(id).map_err(|unread| {
+            unread.damaged(|why| format!("its snapshot file {} cannot be read: {why}", BackupId(*id).short()))
+        })?;
         if !snapshot.tags.iter().any(|tag| tag == TAG) {
             return Ok(None);
         }
@@ -121,7 +136,8 @@ impl Repository {
             return Err(format!(
                 "its manifest has format {}, this program knows {FORMAT}; use the Afterimage that made it",
                 manifest.format
-            ));
+            )
+            .into());
         }
         Ok(Some(BackupInfo {
             id: BackupId(*id),
@@ -134,14 +150,15 @@ impl Repository {
             bytes_read: description.bytes_read,
             bytes_added: description.bytes_added,
             seconds: description.seconds,
+            policy: snapshot.tags.iter().find_map(|tag| tag.strip_prefix(POLICY_TAG)?.parse().ok()),
             tree: snapshot.tree,
         }))
     }
 
-    fn manifest_in_tree(&self, snapshot: &Snapshot) -> Result<Manifest, String> {
-        self.load_index().map_err(|error| error.to_string())?;
+    fn manifest_in_tree(&self, snapshot: &Snapshot) -> Result<Manifest, Unread> {
+        self.load_index()?;
         let files = self.read_tree(&snapshot.tree)?;
         let json = self.read_small_file(&files, MANIFEST_FILE)?;
-        serde_json::from_slice(&json).map_err(|error| format!("its manifest is not one: {error}"))
+        serde_json::from_slice(&json).map_err(|error| format!("its manifest is not one: {error}").into())
     }
 }

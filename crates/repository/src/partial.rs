@@ -1,4 +1,4 @@
-//! Files that are being written: `<name>-tmp-<host>-<process>-<life>`. restic and rustic ignore such names, and
+//! Files that are being written: `<name>-tmp-<machine>-<process>-<life>`. restic and rustic ignore such names, and
 //! so do we. Those of a process that is dead are nobody's; whoever finds its lock sweeps them away.
 
 use std::fs;
@@ -6,11 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::SystemTime;
 
-use nix::errno::Errno;
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
-
-use crate::lock::hostname;
+use crate::owner::{is_alive, machine};
 
 const MARK: &str = "-tmp-";
 
@@ -23,7 +19,7 @@ static LIFE: LazyLock<String> = LazyLock::new(|| {
 /// What a file is called while it is written.
 pub(crate) fn name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(format!("{MARK}{}-{}-{}", hostname(), std::process::id(), *LIFE));
+    name.push(format!("{MARK}{}-{}-{}", machine(), std::process::id(), *LIFE));
     name.into()
 }
 
@@ -36,13 +32,13 @@ pub(crate) fn is_abandoned(path: &Path) -> bool {
         return false;
     };
     let Ok(process) = process.parse::<i32>() else { return false };
-    if host != hostname() || process <= 0 {
+    if host != machine() || process <= 0 {
         return false;
     }
     if process == std::process::id().cast_signed() {
         return life != *LIFE;
     }
-    kill(Pid::from_raw(process), None) == Err(Errno::ESRCH)
+    !is_alive(process)
 }
 
 /// Removes what dead processes had half written. What cannot be removed stays: it harms nobody.
@@ -72,10 +68,10 @@ mod tests {
         assert!(is_abandoned(Path::new(&format!("{text}0"))), "a former life of the same number");
         // The largest number that a process can have here is far below this.
         let of = |host: &str, process: &str| format!("/r/index/abcd-tmp-{host}-{process}-1f");
-        let here = hostname();
-        assert!(is_abandoned(Path::new(&of(&here, "2147483646"))));
+        let here = machine();
+        assert!(is_abandoned(Path::new(&of(here, "2147483646"))));
         assert!(!is_abandoned(Path::new(&of("another-host", "2147483646"))));
-        assert!(!is_abandoned(Path::new(&of(&here, "1"))));
+        assert!(!is_abandoned(Path::new(&of(here, "1"))));
         for other in ["/r/index/abcd", "/r/index/abcd-tmp-", "/r/index/abcd-tmp-123", "/r/abcd-tmp-x-y-z"] {
             assert!(!is_abandoned(Path::new(other)), "{other}");
         }
@@ -87,7 +83,7 @@ mod tests {
         let folder = dir.path().join("data/ab");
         fs::create_dir_all(&folder).unwrap();
         let (pack, ours) = (folder.join("abcd"), name(&folder.join("abce")));
-        let dead = folder.join(format!("abcf-tmp-{}-2147483646-1f", hostname()));
+        let dead = folder.join(format!("abcf-tmp-{}-2147483646-1f", machine()));
         for path in [&pack, &ours, &dead] {
             fs::write(path, "").unwrap();
         }

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Repository;
 use crate::crypto::Cipher;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::id::Id;
 use crate::info::BackupInfo;
-use crate::list::{self, Chunk, index_of};
+use crate::list::{Chunk, index_of};
 use crate::lock::Lock;
 use crate::manifest::BackupDisk;
 use crate::pack::Opener;
@@ -35,6 +35,13 @@ struct ReadDisk {
     list: Vec<Chunk>,
     /// Where each chunk begins.
     starts: Vec<u64>,
+}
+
+impl ReadDisk {
+    /// The place in the list of the chunk with this byte of the disk.
+    fn first_at(&self, offset: u64) -> usize {
+        self.starts.partition_point(|start| *start <= offset).saturating_sub(1)
+    }
 }
 
 /// The disks of one backup, to be read at any place. It holds a lock: what it reads is not pruned.
@@ -72,10 +79,10 @@ impl Cache {
 impl Repository {
     /// Opens a backup's disks for reading.
     pub fn reader(self: &Arc<Self>, backup: &BackupInfo) -> Result<BackupReader, Error> {
-        let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
+        let unread = |unread: Unread| unread.of_backup(backup.id);
         let lock = self.lock_to_read()?;
         self.load_index()?;
-        let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
+        let mut files = self.read_tree(&backup.tree).map_err(unread)?;
         let disks = backup.disks.iter().map(|disk| {
             let list = self.disk_list(&mut files, disk)?;
             let starts =
@@ -83,7 +90,7 @@ impl Repository {
             Ok(ReadDisk { disk: disk.clone(), starts: starts.collect(), list })
         });
         Ok(BackupReader {
-            disks: disks.collect::<Result<_, String>>().map_err(damaged)?,
+            disks: disks.collect::<Result<_, Unread>>().map_err(unread)?,
             repository: self.clone(),
             backup: backup.clone(),
             cache: Mutex::default(),
@@ -103,11 +110,20 @@ impl BackupReader {
     #[must_use]
     pub fn data_extents(&self, disk: usize, range: Range<u64>) -> Vec<Range<u64>> {
         let Some(disk) = self.disks.get(disk) else { return Vec::new() };
-        list::data_stretches(&disk.list, u64::MAX)
-            .into_iter()
-            .map(|stretch| stretch.bytes.start.max(range.start)..stretch.bytes.end.min(range.end))
-            .filter(|bytes| bytes.start < bytes.end)
-            .collect()
+        let mut extents: Vec<Range<u64>> = Vec::new();
+        let first = disk.first_at(range.start);
+        for (chunk, start) in disk.list[first..].iter().zip(&disk.starts[first..]) {
+            let bytes = (*start).max(range.start)..(start + chunk.bytes()).min(range.end);
+            if *start >= range.end {
+                break;
+            }
+            match extents.last_mut() {
+                _ if chunk.is_zero() || bytes.is_empty() => {}
+                Some(last) if last.end == bytes.start => last.end = bytes.end,
+                _ => extents.push(bytes),
+            }
+        }
+        extents
     }
 
     /// Fills `buffer` with the bytes of a disk (by its place in the backup's list) from `offset`.
@@ -117,7 +133,7 @@ impl BackupReader {
         let disk = self.disks.get(disk).ok_or_else(unsupported)?;
         let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= disk.disk.size_bytes);
         let end = end.ok_or_else(unsupported)?;
-        let first = disk.starts.partition_point(|start| *start <= offset).saturating_sub(1);
+        let first = disk.first_at(offset);
         for (chunk, start) in disk.list.iter().zip(&disk.starts).skip(first) {
             if *start >= end {
                 break;
@@ -129,19 +145,22 @@ impl BackupReader {
                 out.fill(0);
                 continue;
             }
-            let raw = self.chunk(chunk).map_err(|why| Error::ChunkDamaged {
-                backup: self.backup.id.short(),
-                disk: disk.disk.name.clone(),
-                offset: *start,
-                len: chunk.bytes(),
-                why,
+            let raw = self.chunk(chunk).map_err(|unread| match unread {
+                Unread::Failed(error) => error,
+                Unread::Damaged(why) => Error::ChunkDamaged {
+                    backup: self.backup.id.short(),
+                    disk: disk.disk.name.clone(),
+                    offset: *start,
+                    len: chunk.bytes(),
+                    why,
+                },
             })?;
             out.copy_from_slice(&raw[index_of(piece.start - start)..index_of(piece.end - start)]);
         }
         Ok(())
     }
 
-    fn chunk(&self, chunk: &Chunk) -> Result<Arc<Vec<u8>>, String> {
+    fn chunk(&self, chunk: &Chunk) -> Result<Arc<Vec<u8>>, Unread> {
         if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&chunk.id) {
             return Ok(known);
         }

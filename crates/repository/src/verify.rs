@@ -9,13 +9,13 @@ use model::{DiskName, LogNumber, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Progress;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::id::{BackupId, ById, Id};
 use crate::info::BackupInfo;
 use crate::list::{Chunk, index_of};
 use crate::manifest::{BackupDisk, DEFINITION_FILE, MANIFEST_FILE};
 use crate::restore::{DamagedRange, joined};
-use crate::rustic::FileKind;
+use crate::storage::FileKind;
 use crate::{Repository, parallel, reader};
 
 /// What to check.
@@ -72,7 +72,7 @@ struct Checked {
     bad: Mutex<HashMap<Id, String, ById>>,
     bytes_read: AtomicU64,
     /// How long each pack is.
-    packs: HashMap<Id, u32, ById>,
+    packs: HashMap<Id, u64, ById>,
 }
 
 impl Repository {
@@ -127,15 +127,15 @@ impl Repository {
                 Ok(Some(info)) if options.vm.is_none_or(|vm| vm == info.vm) => found.push(info),
                 Ok(_) => {}
                 // Whose it is cannot be told; it is counted, whatever VM was asked for.
-                Err(why) => {
+                Err(unread) => {
                     report.backups += 1;
-                    report.damaged.push(whole(Some(BackupId(id)), None, why));
+                    report.damaged.push(whole(Some(BackupId(id)), None, unread.damage()?));
                 }
             }
         }
         match options.backup {
             Some(id) if found.is_empty() && report.damaged.iter().all(|damage| damage.backup != Some(id)) => {
-                Err(Error::BackupNotFound { path: self.path().to_owned(), id: id.to_string() })
+                Err(Error::BackupNotFound { at: self.at().to_owned(), id: id.to_string() })
             }
             _ => Ok(found),
         }
@@ -153,14 +153,14 @@ impl Repository {
         let of_backup = |why| whole(Some(backup.id), Some(backup), why);
         let mut files = match self.read_tree(&backup.tree) {
             Ok(files) => files,
-            Err(why) => {
-                report.damaged.push(of_backup(why));
+            Err(unread) => {
+                report.damaged.push(of_backup(unread.damage()?));
                 return Ok(());
             }
         };
         for name in [MANIFEST_FILE, DEFINITION_FILE] {
-            if let Err(why) = self.read_small_file(&files, name) {
-                report.damaged.push(of_backup(why));
+            if let Err(unread) = self.read_small_file(&files, name) {
+                report.damaged.push(of_backup(unread.damage()?));
             }
         }
         for disk in &backup.disks {
@@ -169,7 +169,8 @@ impl Repository {
                     self.verify_chunks(&list, read_data, checked, progress, cancel)?;
                     report.damaged.extend(damage_of(backup, disk, &list, checked));
                 }
-                Err(why) => {
+                Err(unread) => {
+                    let why = unread.damage()?;
                     report.damaged.push(Damage { disk: Some(disk.name.clone()), ..of_backup(why) });
                 }
             }
@@ -188,7 +189,7 @@ impl Repository {
         let new: Vec<Chunk> = list.iter().filter(|chunk| checked.seen.insert(chunk.id)).copied().collect();
         let checked = &*checked;
         let work = |(tools, raw): &mut (reader::Tools, Vec<u8>), chunk: &Chunk| {
-            let result = self.is_placed(chunk, checked).and_then(|()| {
+            let result = self.is_placed(chunk, checked).map_err(Unread::from).and_then(|()| {
                 if read_data {
                     raw.resize(index_of(chunk.bytes()), 0);
                     self.read_chunk(tools, &chunk.id, raw)?;
@@ -199,7 +200,8 @@ impl Repository {
                 Ok(()) => {
                     checked.bytes_read.fetch_add(raw.len() as u64, Ordering::Relaxed);
                 }
-                Err(why) => {
+                Err(unread) => {
+                    let why = unread.damage()?;
                     checked.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.id, why);
                 }
             }
@@ -208,7 +210,7 @@ impl Repository {
         let tools = (0..parallel::threads())
             .map(|_| Ok((reader::Tools::new(self.store.cipher())?, Vec::new())))
             .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|source| Error::io("cannot read", self.path(), source))?;
+            .map_err(|error| self.store.failed_here("cannot read", error))?;
         let tick = || progress(checked.bytes_read.load(Ordering::Relaxed));
         parallel::for_each(&new, tools, &work, &tick, cancel)
     }
@@ -220,7 +222,7 @@ impl Repository {
         let pack = BackupId(location.pack).short();
         match checked.packs.get(&location.pack) {
             None => Err(format!("pack {pack} is missing")),
-            Some(bytes) if location.offset.saturating_add(location.len) > *bytes => {
+            Some(bytes) if u64::from(location.offset) + u64::from(location.len) > *bytes => {
                 Err(format!("pack {pack} is too short"))
             }
             Some(_) if location.raw_bytes() as u64 != chunk.bytes() => {

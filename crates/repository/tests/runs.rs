@@ -123,7 +123,7 @@ fn our_lock_and_restics_keep_each_other_out() {
     // While restic has an exclusive lock, we do not back up; a lock of the dead is cleared away.
     let mut pruning = restic_holding_exclusive_lock(&path);
     let error = backup(&repository, &Disks::new(2, &[("a", &disk)]), None).unwrap_err();
-    assert!(error.kind() == ErrorKind::Locked && error.to_string().contains("restic unlock"), "{error}");
+    assert!(error.kind() == ErrorKind::Locked && error.to_string().contains("repository unlock"), "{error}");
     pruning.kill().unwrap();
     pruning.wait().unwrap();
     assert_eq!(files(&path, "locks").len(), 1);

@@ -1,4 +1,4 @@
-//! What the demo, the end-to-end tests and the bench are made of: sites, QEMU's storage daemon, a writer,
+//! What the demo, the end-to-end tests and the bench are made of: sites, QEMU's storage daemon, servers, a writer,
 //! and the check that disks show a moment that the writer took them through.
 //!
 //! Everything is a real process on this machine. A program that is missing is an error with the line that
@@ -9,6 +9,7 @@ mod libvirt;
 mod line;
 mod lossy;
 mod programs;
+mod servers;
 mod site;
 mod writer;
 
@@ -17,6 +18,7 @@ pub use libvirt::Libvirt;
 pub use line::Line;
 pub use lossy::LossyDisk;
 pub use programs::{Process, need, need_crate, this_program, tool, wait_for};
+pub use servers::{RepositoryServer, ServerKind};
 pub use site::{Output, Site, free_address};
 pub use writer::{Writer, boot_sector, fill, nbd_address, noise, state_of_exports, state_of_files, write};
 

@@ -1,10 +1,9 @@
-//! One attempt at a backup: through the gate, to a view or a hold, into the repository. And the repositories
-//! of a site.
+//! One attempt at a backup: through the gate, to a view or a hold, into the repository.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use catalog::Catalog;
@@ -12,31 +11,20 @@ use model::gate::{self, Access};
 use model::{LogNumber, PointInfo, Timestamp, VmId, VmName, Wanted, choose_point};
 use policy::Place;
 use replica::{BarrierGuard, Store};
-use repository::{BackupMeta, BackupReport, Repository};
+use repository::{BackupMeta, BackupReport};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{now, rfc3339, seconds};
-use crate::config::{Config, RepositorySettings};
+use crate::config::Config;
 use crate::control::Reporter;
 use crate::events::{Event, Events};
 use crate::failure::{Code, Failure};
 use crate::jobs::{Attempts, Job, NoBackup, newest_backup};
 use crate::policies::Known;
+use crate::repositories::{OpenRepositories, named};
 use crate::request::BackupRequest;
 use crate::source::Opened;
-
-/// Opens a repository of the site in `dir` by its name in the config. Blocks for some tenths of a second.
-pub fn open_repository(dir: &Path, config: &Config, name: &str) -> Result<Repository, Failure> {
-    let settings = config.repository(dir, name)?;
-    Ok(Repository::open(&settings.path, &password(&settings)?)?)
-}
-
-fn password(settings: &RepositorySettings) -> Result<String, Failure> {
-    let text = std::fs::read_to_string(&settings.password_file)
-        .map_err(|error| Failure::io("read the password file", &settings.password_file, &error))?;
-    Ok(text.trim_end_matches(['\n', '\r']).to_owned())
-}
 
 /// The replica of this name.
 pub(crate) fn replica_named(store: &Store, name: &VmName) -> Result<VmId, Failure> {
@@ -45,53 +33,6 @@ pub(crate) fn replica_named(store: &Store, name: &VmName) -> Result<VmId, Failur
             format!("there is no replica of a VM named {name} here; 'afterimage status' lists what there is");
         Failure::new(Code::NoSuchVm, message)
     })
-}
-
-/// Repositories that stay open from one backup to the next: to try a password is slow on purpose, and the
-/// index of a large repository is worth keeping. The one used last comes last.
-#[derive(Default)]
-struct OpenRepositories(Mutex<Vec<Open>>);
-
-struct Open {
-    path: PathBuf,
-    password: String,
-    repository: Arc<Repository>,
-}
-
-/// Beside the one used last, only so much memory is spent on others: some 400,000 chunks, 400 GB of backups.
-const OTHERS_BYTES_MAX: usize = 32 << 20;
-
-impl OpenRepositories {
-    /// The open one, if its password is still what it was and it is still there; else it is opened.
-    fn get(&self, settings: &RepositorySettings) -> Result<Arc<Repository>, Failure> {
-        let password = password(settings)?;
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = open.iter().position(|open| open.path == settings.path);
-        let known = place.map(|place| open.remove(place));
-        let kept = known.filter(|known| known.password == password && settings.path.join("config").exists());
-        let used = match kept {
-            Some(kept) => kept,
-            None => {
-                let repository = Arc::new(Repository::open(&settings.path, &password)?);
-                Open { path: settings.path.clone(), password, repository }
-            }
-        };
-        let repository = used.repository.clone();
-        let mut bytes = 0;
-        let fits = |open: &&Open| {
-            bytes += open.repository.memory_bytes();
-            bytes <= OTHERS_BYTES_MAX
-        };
-        let gone = open.len() - open.iter().rev().take_while(fits).count();
-        open.drain(..gone);
-        open.push(used);
-        Ok(repository)
-    }
-
-    /// After an error nothing that was kept in memory is trusted.
-    fn forget(&self, settings: &RepositorySettings) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|open| open.path != settings.path);
-    }
 }
 
 /// How long an attempt that asked for the barrier waits for the running apply.
@@ -196,10 +137,11 @@ impl Backups {
         config: Arc<Config>,
         store: Store,
         events: Events,
+        repositories: Arc<OpenRepositories>,
         policies: Arc<Known>,
         catalog: Catalog,
     ) -> Self {
-        Self { dir, config, store, events, repositories: Arc::default(), policies, catalog }
+        Self { dir, config, store, events, repositories, policies, catalog }
     }
 
     fn make(
@@ -219,11 +161,13 @@ impl Backups {
         // From here on the pin or the hold keeps applies away.
         drop(barrier);
         let settings = self.config.repository(&self.dir, &request.repository)?;
-        let repository = self.repositories.get(&settings)?;
-        let backups = repository.backups(Some(vm)).map_err(Failure::from)?;
+        let repository = self.repositories.get(&request.repository, &settings)?;
+        let of_repository = |error: repository::Error| named(&request.repository, error.into());
+        let backups = repository.backups(Some(vm)).map_err(of_repository)?;
         let parent = opened.choose_parent(backups)?;
         let definition = self.store.definition(vm)?;
-        let meta = BackupMeta { vm, vm_name: request.vm.clone(), point, definition };
+        let meta =
+            BackupMeta { vm, vm_name: request.vm.clone(), point, definition, policy: request.policy.clone() };
         let shown = |progress: repository::Progress| {
             if let Some(reporter) = reporter {
                 let what = format!("backing up {}", request.vm);
@@ -231,14 +175,14 @@ impl Backups {
             }
         };
         let outcome = repository.backup(&opened, meta, parent.as_ref(), &shown, cancel);
-        match outcome.inspect_err(|_| self.repositories.forget(&settings)) {
+        match outcome.inspect_err(|_| self.repositories.forget(&request.repository)) {
             Ok(report) => Ok(answer(&report)),
             // What was read may not be used: the gate knows why, and whether it is worth coming again.
             Err(error) if error.kind() == repository::ErrorKind::Revoked => {
                 self.store.admit(vm, request.view, point.number)?;
                 Err(NoBackup::Failed(error.into()))
             }
-            Err(error) => Err(NoBackup::Failed(error.into())),
+            Err(error) => Err(NoBackup::Failed(of_repository(error))),
         }
     }
 

@@ -25,6 +25,7 @@ use crate::measurements;
 use crate::peers::{Peers, no_such_peer};
 use crate::points;
 use crate::policies::Known;
+use crate::repositories::OpenRepositories;
 use crate::request::{BackupRequest, By, Protect, Request};
 use crate::status::VmView;
 use crate::trials::Trials;
@@ -41,10 +42,13 @@ pub(crate) struct Site {
     pub store: Store,
     pub jobs: Arc<Jobs<Backups>>,
     pub policies: Arc<Known>,
+    pub repositories: Arc<OpenRepositories>,
     pub exports: Arc<Exports>,
     pub checks: Checks,
     pub turns: Turns,
     pub trials: Trials,
+    /// Recovered VMs are moved one at a time.
+    pub moves: tokio::sync::Mutex<()>,
 }
 
 impl Commands for Site {
@@ -81,7 +85,7 @@ impl Commands for Site {
             Request::Sync { vm } if self.is_extended(&vm) => self.of_primary(self.extensions.sync(&vm).await),
             Request::Resync { vm, cancel: false } => self.of_primary(self.primary.resync(&vm).await),
             Request::Resync { vm, cancel: true } => self.of_primary(self.primary.cancel_resync(&vm).await),
-            Request::Configure { vm, changes } => self.of_primary(self.primary.configure(&vm, changes).await),
+            Request::Configure { vm, changes } => self.configure(&vm, *changes).await,
             Request::Seed(request) => self.seed_replica(request).await,
             Request::Import { dir } => self.import_media(dir, &reporter).await,
             Request::Sync { vm } => self.of_primary(self.primary.sync(&vm).await),
@@ -100,12 +104,15 @@ impl Commands for Site {
             Request::Hold { vm, for_s } => self.hold(&vm, Duration::from_secs(for_s)).await,
             Request::Release { hold } => self.release(hold).await,
             Request::Failover(request) => self.failover(request, &reporter).await,
+            Request::Recover(request) => self.recover(request, &reporter).await,
             Request::Group(request) => self.group(request, &reporter).await,
             Request::Policy(request) => self.policy(request).await,
             Request::BackupReport { days } => self.backup_report(days),
             Request::Migrate { vm, storage } => self.migrate(&vm, storage).await,
+            Request::Relocate { vm, to } => self.relocate(&vm, to).await,
             Request::Export(export) => Ok(self.exports.add(export).await?.shown()),
             Request::Unexport { export } => self.exports.remove(&export).await,
+            Request::Overwriting { places } => self.overwriting(&places).await,
             Request::Check(check) => self.checks.run(check).await,
             Request::Checks { vm } => Ok(json!({ "checks": self.checks.list(vm.as_ref())? })),
             Request::Measurements { vm, reset } => self.measurements(vm.as_ref(), reset).await,
@@ -140,6 +147,7 @@ impl Site {
             bandwidth_bytes_per_s: protect.bandwidth_bytes_per_s,
             sign_of_life: protect.sign_of_life.as_ref().map(ToString::to_string),
             excluded: protect.excluded,
+            relocating: None,
             resync: protect.resync,
         };
         let request = ProtectRequest { name, settings, initial: protect.initial };
@@ -156,7 +164,7 @@ impl Site {
             return Err(primary::Error::Exists(name).into());
         }
         let client = self.peers.client(&peer).ok_or_else(|| no_such_peer(&peer))?;
-        let taken = client.take_over(&name).await.map_err(|error| Failure {
+        let taken = client.take_over(&name, None).await.map_err(|error| Failure {
             transient: error.transient(),
             ..Failure::new(Code::Peer, error.to_string())
         })?;
@@ -172,7 +180,7 @@ impl Site {
     }
 
     /// Whether a VM is one whose replica is passed on from here.
-    fn is_extended(&self, vm: &VmName) -> bool {
+    pub(crate) fn is_extended(&self, vm: &VmName) -> bool {
         self.primary.get(vm).is_none() && self.extensions.get(vm).is_some()
     }
 

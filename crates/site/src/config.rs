@@ -4,14 +4,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use boot::{Accelerator, NetworkMap};
 use model::{CycleBackoff, HealthThresholds, RetryPolicy, WINDOW_HOURS_MAX};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::failure::{Code, Failure};
+use crate::repositories::RepositorySettings;
 
 /// The name of the repository that `init` makes.
 pub const LOCAL_REPOSITORY: &str = "local";
@@ -145,6 +146,8 @@ pub struct Backup {
     pub per_storage: usize,
     /// It is remembered so long what came of backups, in days.
     pub history_days: u64,
+    /// A repository in which a policy has had backups forgotten is pruned so often, in hours; never with 0.
+    pub prune_every_h: u64,
     /// The bound of the first delay after a refusal, in seconds; each later one is `factor` times longer.
     pub first_delay_s: u64,
     /// See `first-delay-s`.
@@ -169,6 +172,7 @@ impl Default for Backup {
             per_repository: 2,
             per_storage: 2,
             history_days: 90,
+            prune_every_h: 7 * 24,
             first_delay_s: policy.first_delay.as_secs(),
             factor: policy.factor,
             delay_max_s: policy.delay_max.as_secs(),
@@ -212,16 +216,6 @@ impl Default for Boot {
             every_h: 0,
         }
     }
-}
-
-/// One repository.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct RepositorySettings {
-    /// Where it is; a relative path starts at the site's folder.
-    pub path: PathBuf,
-    /// The file with its password, likewise.
-    pub password_file: PathBuf,
 }
 
 impl Config {
@@ -275,6 +269,7 @@ impl Config {
             ("backup.per-repository", self.backup.per_repository as u64, 1..=64),
             ("backup.per-storage", self.backup.per_storage as u64, 1..=64),
             ("backup.history-days", self.backup.history_days, 1..=3660),
+            ("backup.prune-every-h", self.backup.prune_every_h, 0..=24 * 366),
             ("backup.attempts-max", u64::from(self.backup.attempts_max), 1..=1000),
             ("backup.window-min", self.backup.window_min, 1..=7 * 24 * 60),
             ("boot.memory-max-mib", self.boot.memory_max_mib, 64..=1 << 20),
@@ -282,6 +277,9 @@ impl Config {
             ("boot.within-s", self.boot.within_s, 1..=86_400),
             ("boot.kept", u64::from(self.boot.kept), 1..=1000),
         ];
+        for (name, settings) in &self.repositories {
+            settings.check().map_err(|why| format!("repository {name}: {why}"))?;
+        }
         for (setting, value, range) in ranges {
             if !range.contains(&value) {
                 let (least, most) = (range.start(), range.end());
@@ -356,7 +354,7 @@ impl Config {
                 format!("the config has no repository named {name:?}; it has: {}", known.join(", ")),
             )
         })?;
-        Ok(RepositorySettings { path: dir.join(&found.path), password_file: dir.join(&found.password_file) })
+        Ok(found.within(dir))
     }
 }
 
@@ -410,6 +408,7 @@ critical-after-s = {critical}    # Critical when the newest log is older (and th
 at-once = {at_once}              # over all VMs; the most urgent first
 per-repository = {per_repository}       # of these, into one repository
 per-storage = {per_storage}          # of these, from one file system with replicas
+prune-every-h = {prune}         # repositories in which policies have had backups forgotten; 0: only by hand
 history-days = {history}        # so long 'backup report' remembers what came of them
 first-delay-s = {first}          # after a refusal; each later delay is `factor` times longer, with jitter
 factor = {factor}
@@ -435,6 +434,12 @@ every-h = {every}                # check the newest point of each replica so oft
 [repositories.{LOCAL_REPOSITORY}]
 path = "repository"
 password-file = "repository.password"
+# Others, on servers (docs/repositories.md):
+# [repositories.offsite]
+# url = "s3:https://s3.example.org/bucket/prefix"   # or "rest:https://host:8000/path/", "sftp:user@host:/folder"
+# user = "access key id"                            # of REST servers, the user
+# secret-file = "offsite.secret"                    # or secret-command = ["program", "argument"], secret-env = "NAME"
+# password-command = ["pass", "show", "offsite"]    # or password-file, password-env
 "#,
         level = replication.compression_level,
         initial = replication.initial_log_mib,
@@ -456,6 +461,7 @@ password-file = "repository.password"
         per_repository = backup.per_repository,
         per_storage = backup.per_storage,
         history = backup.history_days,
+        prune = backup.prune_every_h,
         first = backup.first_delay_s,
         factor = backup.factor,
         delay_max = backup.delay_max_s,

@@ -45,7 +45,6 @@ pub struct Reporter(mpsc::Sender<Line>);
 
 impl Reporter {
     /// For a command that nobody waits for.
-    #[cfg(test)]
     pub(crate) fn to_nobody() -> Self {
         Self(mpsc::channel(1).0)
     }

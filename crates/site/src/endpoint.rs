@@ -8,9 +8,9 @@ use model::authorization::Act;
 use model::{Head, LogId, LogNumber, VmId};
 use replica::Store;
 use wire::{
-    Announced, ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, KeyId,
-    Newcomer, Offer, OfferedMedia, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Report,
-    SiteInfo, TakeOver, TakenOver, UploadState, WireEvent, codes,
+    Announced, ClientIdentity, DigestRequest, Endpoint, HandOver, HandedOver, HandedOverDisk, InStep, KeyId,
+    Newcomer, Offer, OfferedMedia, Peer, RateLimiter, Refused, RefusedClass, RelationshipStatus, Relocate,
+    Relocation, Report, SiteInfo, TakeOver, TakenOver, UploadState, WireEvent, codes,
 };
 
 use crate::authority::{Authority, revoked};
@@ -63,7 +63,7 @@ impl SiteEndpoint {
 }
 
 /// The store's refusals as they travel.
-fn refused(refused: replica::Refused) -> Refused {
+pub(crate) fn refused(refused: replica::Refused) -> Refused {
     let class = match refused.code {
         "no-space" => RefusedClass::NoSpace,
         "forbidden" => RefusedClass::Forbidden,
@@ -96,6 +96,7 @@ fn offered(offer: Offer) -> replica::Offer {
         generation: offer.generation,
         media: offer.media.map(|OfferedMedia { set, key, logs }| replica::Awaited { set, key, logs }),
         group: offer.group,
+        pins: offer.pins,
     }
 }
 
@@ -187,12 +188,19 @@ impl Endpoint for SiteEndpoint {
 
     async fn take_over(&self, peer: &Peer, wanted: TakeOver) -> Result<TakenOver, Refused> {
         let (vm, before) = self.authority.check_take_over(peer, &wanted.vm_name)?;
-        let generation = self.store(peer, move |store, peer| store.take_over(peer, vm)).await?;
+        let in_step = wanted.in_step.map(|InStep { there, here }| replica::InStep { there, here });
+        let (generation, head) =
+            self.store(peer, move |store, peer| store.take_over(peer, vm, in_step)).await?;
         if before != peer.name {
             let what = format!("taken over from {before}: {} is its primary now", peer.name);
             self.events.note(Event::new("taken-over", what).vm(&wanted.vm_name).peer(&peer.name)).await;
         }
-        Ok(TakenOver { vm, generation })
+        Ok(TakenOver { vm, generation, head: Some(head) })
+    }
+
+    async fn relocate(&self, peer: &Peer, vm: VmId, wanted: Relocate) -> Result<Relocation, Refused> {
+        self.authority.check(peer, Act::Use, vm)?;
+        self.site.relocate_replica(peer, vm, wanted).await
     }
 
     async fn upload_state(

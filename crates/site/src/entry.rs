@@ -8,7 +8,7 @@ use catalog::column::parsed;
 use catalog::rusqlite::types::ValueRef;
 use catalog::{Transaction, params, rusqlite};
 use model::authorization::{Entry, VmPatterns};
-use model::{GroupName, Timestamp};
+use model::{Change, GroupName, Timestamp};
 use serde::{Deserialize, Serialize};
 use wire::{Fingerprint, KeyId, Pin, Shown};
 
@@ -207,29 +207,6 @@ impl PeerRow {
 /// A path as a column holds it; those that are no text are turned away before ([`prepare_storage`]).
 pub(crate) fn text(path: Option<&Path>) -> Option<String> {
     path.map(|path| path.to_string_lossy().into_owned())
-}
-
-/// What a person says of one part of an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Change<T> {
-    /// Nothing: it stays.
-    #[default]
-    Keep,
-    /// There is to be none.
-    Clear,
-    /// It is to be this.
-    Set(T),
-}
-
-impl<T> Change<T> {
-    fn of(self, before: Option<T>) -> Option<T> {
-        match self {
-            Self::Keep => before,
-            Self::Clear => None,
-            Self::Set(value) => Some(value),
-        }
-    }
 }
 
 /// What a person says of an entry.

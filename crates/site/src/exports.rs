@@ -8,21 +8,22 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use model::gate::Access;
 use model::{DiskName, VmId};
 use nbd::{CowDisk, Disk, Server, StatusExtent};
 use replica::{ConsistentView, DiskSize, FailoverView, Store};
-use repository::BackupReader;
+use repository::{BackupReader, Repository};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::backup::{open_repository, replica_named};
+use crate::backup::replica_named;
 use crate::config::Config;
 use crate::failure::{Code, Failure};
 use crate::points::point_or_newest;
 use crate::random;
+use crate::repositories::open_repository;
 use crate::request::{Export, Exported};
 
 /// The exports of a site.
@@ -33,6 +34,8 @@ pub(crate) struct Exports {
     server: Server,
     socket: PathBuf,
     open: Mutex<BTreeMap<String, Vec<String>>>,
+    /// Those that an export reads from: to try a password is slow on purpose, and an index is worth sharing.
+    repositories: Mutex<BTreeMap<String, Weak<Repository>>>,
 }
 
 impl Exports {
@@ -46,7 +49,8 @@ impl Exports {
         }
         let socket = run_dir.join("nbd.sock");
         let server = Server::bind(&socket).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
-        Ok(Self { dir, config, store, server, socket, open: Mutex::default() })
+        let (open, repositories) = (Mutex::default(), Mutex::default());
+        Ok(Self { dir, config, store, server, socket, open, repositories })
     }
 
     /// Serves until `stop`.
@@ -135,7 +139,7 @@ impl Exports {
                 (view.definition().unwrap_or_default(), point.id.to_string(), disks_of_view(view))
             }
             Exported::Backup { backup, repository } => {
-                let repository = Arc::new(open_repository(&self.dir, &self.config, repository)?);
+                let repository = self.repository(repository)?;
                 let backup = repository.find(backup)?;
                 // Damaged or not, it keeps nobody from the disks.
                 let definition = repository.definition(&backup).unwrap_or_default();
@@ -145,10 +149,7 @@ impl Exports {
         let mut shown = Vec::new();
         for (disk_name, disk) in disks {
             let disk = if export.writable { self.writable(&id, &disk_name, disk)? } else { disk };
-            let boot_rank = boot::boot_rank(|sector| match disk.size_bytes() >= sector.len() as u64 {
-                true => disk.read_at(0, sector),
-                false => Err(io::ErrorKind::UnexpectedEof.into()),
-            });
+            let boot_rank = rank(disk.as_ref());
             let name = format!("{id}-{disk_name}");
             self.server.add(&name, disk).map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
             shown.push(ShownDisk { name: disk_name, export: name, boot_rank });
@@ -162,6 +163,49 @@ impl Exports {
             disks: shown,
             socket: self.socket.clone(),
         })
+    }
+
+    /// A repository of the site, the same for all exports that read from it. Blocks.
+    pub fn repository(&self, name: &str) -> Result<Arc<Repository>, Failure> {
+        let mut open = self.repositories.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = open.get(name).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        let opened = Arc::new(open_repository(&self.dir, &self.config, name)?);
+        open.insert(name.to_owned(), Arc::downgrade(&opened));
+        Ok(opened)
+    }
+
+    /// Shows the disks of a backup under names that stay the same, until [`Self::hide_backup`]; it does not matter
+    /// if it is shown already. Gives how likely a guest boots from each. Blocks.
+    pub fn show_backup(&self, id: &str, reader: BackupReader) -> Result<Vec<u8>, Failure> {
+        let (mut names, mut ranks) = (Vec::new(), Vec::new());
+        let is_shown = self.lock().contains_key(id);
+        for (disk_name, disk) in disks_of_backup(reader) {
+            ranks.push(rank(disk.as_ref()));
+            let name = backup_export(id, &disk_name);
+            if !is_shown {
+                self.server
+                    .add(&name, disk)
+                    .map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
+            }
+            names.push(name);
+        }
+        self.lock().insert(id.to_owned(), names);
+        Ok(ranks)
+    }
+
+    /// Ends what [`Self::show_backup`] began.
+    pub async fn hide_backup(&self, id: &str) {
+        let names = self.lock().remove(id).unwrap_or_default();
+        for name in &names {
+            self.server.remove(name).await;
+        }
+    }
+
+    /// The server's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// A layer over a disk that takes what is written.
@@ -278,6 +322,19 @@ impl<V: View> Disk for ViewDisk<V> {
         let data = self.view.data_extents(&self.disk.name, range.clone()).map_err(io::Error::other)?;
         Ok(status(range, data))
     }
+}
+
+/// How likely a guest boots from a disk.
+fn rank(disk: &dyn Disk) -> u8 {
+    boot::boot_rank(|sector| match disk.size_bytes() >= sector.len() as u64 {
+        true => disk.read_at(0, sector),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    })
+}
+
+/// What [`Exports::show_backup`] calls a disk.
+pub(crate) fn backup_export(id: &str, disk: &str) -> String {
+    format!("{id}-{disk}")
 }
 
 /// How the exports of a failover are found again.

@@ -251,6 +251,7 @@ impl Site {
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
             excluded: Vec::new(),
+            relocating: None,
             resync: ResyncPolicy::Automatic,
         };
         let request = ProtectRequest { name: vm.clone(), settings, initial: InitialStart::Now };

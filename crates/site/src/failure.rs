@@ -58,10 +58,14 @@ pub enum Code {
     NoSuchRepository,
     /// The repository: wrong password, missing, damaged.
     Repository,
+    /// What was to be restored over is in use, or cannot take it.
+    Target,
     /// No backup of that id.
     NoSuchBackup,
     /// What was read is damaged.
     Damaged,
+    /// A file within a disk that is not there, or cannot be read.
+    Files,
     /// No export of that id.
     NoSuchExport,
     /// No hold of that id, or it had run out.
@@ -159,9 +163,10 @@ impl From<repository::Error> for Failure {
         match error.kind() {
             Kind::BackupNotFound | Kind::BackupAmbiguous => Self::new(Code::NoSuchBackup, message),
             Kind::Damaged => Self::new(Code::Damaged, message),
-            Kind::Locked | Kind::Revoked => Self::transient(Code::Repository, message),
+            Kind::Locked | Kind::Revoked | Kind::Unavailable => Self::transient(Code::Repository, message),
             Kind::Cancelled => Self::new(Code::Stopped, message),
             Kind::NoSpace | Kind::FileExists | Kind::Io => Self::new(Code::Io, message),
+            Kind::TargetInUse | Kind::TargetUnfit => Self::new(Code::Target, message),
             Kind::Source => Self::new(Code::Replica, message),
             _ => Self::new(Code::Repository, message),
         }

@@ -23,6 +23,7 @@ mod exports;
 mod extend;
 mod failover;
 mod failure;
+mod fence;
 mod groups;
 mod identity;
 mod init;
@@ -34,6 +35,9 @@ mod peers;
 mod points;
 mod policies;
 mod random;
+mod recovery;
+mod relocate;
+mod repositories;
 mod request;
 mod running;
 mod seeds;
@@ -45,18 +49,21 @@ mod trust;
 mod turn;
 mod usage;
 
-pub use backup::open_repository;
 pub use clock::rfc3339;
-pub use config::{Config, LOCAL_REPOSITORY, RepositorySettings};
+pub use config::{Config, LOCAL_REPOSITORY};
 pub use control::ask;
-pub use entry::{Change, EntryChange};
+pub use entry::EntryChange;
 pub use failure::{Code, Failure};
+pub use fence::{Fenced, fence};
 pub use init::{Made, init};
+pub use model::Change;
 pub use policies::template as policy_template;
 pub use primary::Changes;
+pub use recovery::find_backup;
+pub use repositories::{RepositorySettings, named, open_repository};
 pub use request::{
     BackupRequest, By, Check, Export, Exported, Extend, FailoverRequest, GroupFailover, GroupRequest, Line,
-    PolicyRequest, Progress, Protect, Request, Reverse, SeedRequest,
+    PolicyRequest, Progress, Protect, Recover, RecoverRequest, Request, Reverse, SeedRequest,
 };
 pub use serve::serve;
 pub use status::{CycleView, DiskView, PrimarySide, ReplicaSide, Side, VmView};

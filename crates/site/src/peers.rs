@@ -90,6 +90,13 @@ impl Peers {
         self.identity.shown().key == key || self.lock().values().any(|known| known.row.key == Some(key))
     }
 
+    /// What the trusted peer with this key is called here.
+    pub(crate) fn named_by_key(&self, key: KeyId) -> Option<String> {
+        let peers = self.lock();
+        let mut trusted = peers.values().filter(|known| known.row.is_trusted());
+        trusted.find(|known| known.row.key == Some(key)).map(|known| known.row.name.clone())
+    }
+
     /// Remembers the key that a peer will have next.
     pub(crate) async fn announced(&self, name: &str, next: KeyId) -> Result<(), Failure> {
         match self.get(name) {
@@ -357,8 +364,9 @@ pub(crate) fn no_such_peer(name: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use model::Change;
+
     use super::*;
-    use crate::entry::Change;
 
     #[tokio::test]
     async fn an_invite_is_good_once() {

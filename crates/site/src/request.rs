@@ -137,7 +137,7 @@ pub enum Request {
         /// The VM.
         vm: VmName,
         /// What is to be otherwise.
-        changes: primary::Changes,
+        changes: Box<primary::Changes>,
     },
     /// At the replica's site: images that the replica of a VM is to begin with.
     Seed(SeedRequest),
@@ -195,6 +195,11 @@ pub enum Request {
     },
     /// Shows disks over NBD.
     Export(Export),
+    /// Backups are about to be restored over what is at these places.
+    Overwriting {
+        /// Files and devices, in full.
+        places: Vec<PathBuf>,
+    },
     /// Ends an export.
     Unexport {
         /// The export.
@@ -209,6 +214,8 @@ pub enum Request {
     },
     /// Failover.
     Failover(FailoverRequest),
+    /// VMs that run from backups.
+    Recover(RecoverRequest),
     /// Groups of VMs.
     Group(GroupRequest),
     /// About policies.
@@ -224,6 +231,13 @@ pub enum Request {
         vm: VmName,
         /// The new folder.
         storage: PathBuf,
+    },
+    /// At the primary's site: moves a replica to another site.
+    Relocate {
+        /// The VM.
+        vm: VmName,
+        /// The peer that it is moved to; none ends a move.
+        to: Option<String>,
     },
     /// What the monitoring windows come to.
     Measurements {
@@ -314,6 +328,50 @@ pub enum FailoverRequest {
         /// What to do with them.
         what: GroupFailover,
     },
+}
+
+/// What is asked of VMs that run from backups.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoverRequest {
+    /// Starts one.
+    Start(Recover),
+    /// Stops one.
+    Stop {
+        /// The VM.
+        vm: VmName,
+        /// The guest is waited for so many seconds; without it the plug is pulled.
+        within_s: Option<u64>,
+    },
+    /// Moves its disks to files of their own.
+    Move {
+        /// The VM.
+        vm: VmName,
+        /// The folder.
+        to: PathBuf,
+    },
+    /// Ends it, and drops what it has written.
+    Drop {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Those there are.
+    List,
+}
+
+/// A VM that is to be started from a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recover {
+    /// The VM.
+    pub vm: VmName,
+    /// The backup, or `latest`; none to start one again that was recovered before.
+    pub backup: Option<String>,
+    /// The repository's name.
+    pub repository: String,
+    /// Its network cards get their cables.
+    pub connect: bool,
+    /// Nothing is started; how it would be is told.
+    pub only_show: bool,
 }
 
 /// What to do with the VMs of a group in a failover.
@@ -536,6 +594,9 @@ pub struct BackupRequest {
     /// Replication is paused while an attempt runs.
     #[serde(default)]
     pub pause: bool,
+    /// The policy that wants it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicyName>,
 }
 
 /// What to show over NBD.

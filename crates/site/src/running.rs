@@ -7,7 +7,7 @@ use std::io::Read as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use boot::{Cabled, GuestSystem, IpSettings, Live, LiveDisk, LiveOrder, Machine};
+use boot::{Cabled, Connection, GuestSystem, IpSettings, Live, LiveDisk, LiveOrder, Machine};
 use model::{VmId, VmName};
 use qemu::GuestAgent;
 use replica::FailoverDisk;
@@ -54,10 +54,10 @@ pub(crate) enum Stop {
 }
 
 /// What is about to be started.
-struct Prepared {
-    command: Vec<String>,
+pub(crate) struct Prepared {
+    pub command: Vec<String>,
     nics: Vec<Cabled>,
-    addresses: Vec<IpSettings>,
+    pub addresses: Vec<IpSettings>,
 }
 
 impl Site {
@@ -85,7 +85,7 @@ impl Site {
         }
         live.start(&prepared.command).await.map_err(named)?;
         self.events.note(Event::new("vm-started", "it was started at this site").vm(vm)).await;
-        self.give_addresses(vm.clone(), prepared.addresses.clone());
+        self.give_addresses(vm.clone(), live.clone(), prepared.addresses.clone());
         Ok(shown(vm, &live, &prepared))
     }
 
@@ -98,6 +98,11 @@ impl Site {
             );
             return Err(Failure::new(Code::NoSuchVm, message));
         }
+        self.stop_live(vm, &live, how).await
+    }
+
+    /// Stops a VM that this site has started, wherever its folder is.
+    pub(crate) async fn stop_live(&self, vm: &VmName, live: &Live, how: Stop) -> Result<Value, Failure> {
         let stopped = match how {
             Stop::ShutDown(within) => live.shut_down(within).await,
             Stop::PullThePlug => live.pull_the_plug().await,
@@ -148,7 +153,7 @@ impl Site {
         self.exports.show_failover(id).await?;
         let definition = self.store.definition(id)?;
         let disks = self.store.run(move |store| ranked(store, id)).await?;
-        self.prepare(vm, live, &definition, disks).await
+        self.prepare(vm, live, &definition, disks, true).await
     }
 
     /// From the disks of a VM that was failed over to this site for good.
@@ -167,15 +172,17 @@ impl Site {
             (rank, live_disk(disk))
         };
         let disks = released.disks.into_iter().map(ranked).collect();
-        self.prepare(vm, live, &released.definition, disks).await
+        self.prepare(vm, live, &released.definition, disks, true).await
     }
 
-    async fn prepare(
+    /// What a VM is started with; without cables if it is not to be `connected`.
+    pub(crate) async fn prepare(
         &self,
         vm: &VmName,
         live: &Live,
         definition: &Value,
         mut disks: Vec<(u8, LiveDisk)>,
+        connected: bool,
     ) -> Result<Prepared, Failure> {
         let local = self.checks.local(vm)?;
         let machine = Machine::of_definition(definition);
@@ -184,7 +191,10 @@ impl Site {
             disks.sort_by_key(|(rank, _)| *rank);
         }
         let maps = [&local.networks, &self.config.networks];
-        let cabled = |nic: &boot::Nic| Cabled { nic: nic.clone(), to: boot::connection(&nic.network, &maps) };
+        let cabled = |nic: &boot::Nic| {
+            let to = if connected { boot::connection(&nic.network, &maps) } else { Connection::None };
+            Cabled { nic: nic.clone(), to }
+        };
         let nics: Vec<Cabled> = machine.nics.iter().map(cabled).collect();
         let addresses = local.ip.clone();
         let order = LiveOrder {
@@ -220,17 +230,18 @@ impl Site {
         for vm in folders.filter_map(|folder| folder.file_name().to_str()?.parse::<VmName>().ok()) {
             if self.live(&vm).path(PENDING).exists() {
                 let addresses = self.checks.local(&vm).map(|local| local.ip).unwrap_or_default();
-                self.give_addresses(vm, addresses);
+                let live = self.live(&vm);
+                self.give_addresses(vm, live, addresses);
             }
         }
     }
 
-    fn give_addresses(self: &Arc<Self>, vm: VmName, addresses: Vec<IpSettings>) {
+    /// Has a guest take its addresses once its agent answers.
+    pub(crate) fn give_addresses(self: &Arc<Self>, vm: VmName, live: Live, addresses: Vec<IpSettings>) {
         if addresses.is_empty() {
             return;
         }
         let site = Arc::downgrade(self);
-        let live = self.live(&vm);
         tokio::spawn(async move {
             let outcome = set_addresses(&live, &addresses).await;
             let Some(site) = site.upgrade() else { return };
@@ -267,7 +278,7 @@ impl Moved {
     }
 }
 
-fn shown(vm: &VmName, live: &Live, prepared: &Prepared) -> Value {
+pub(crate) fn shown(vm: &VmName, live: &Live, prepared: &Prepared) -> Value {
     let network =
         |cabled: &Cabled| json!({ "mac": cabled.nic.mac, "network": cabled.nic.network, "to": cabled.to });
     let process = live.process();

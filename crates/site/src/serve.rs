@@ -26,6 +26,7 @@ use crate::identity;
 use crate::jobs::{self, Jobs};
 use crate::peers::Peers;
 use crate::policies::Known;
+use crate::repositories::OpenRepositories;
 use crate::trials::Trials;
 use crate::turn::Turns;
 
@@ -49,6 +50,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     site.take_up_failovers().await;
     // Jobs that go on ask their policies.
     site.policies.look()?;
+    site.take_up_recoveries().await;
     site.primary.start()?;
     site.extensions.start()?;
     site.jobs.start()?;
@@ -65,6 +67,7 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
         async move { site.checks.run_scheduled(&site.store, stop).await }
     });
     let planned = tokio::spawn(site.clone().run_policies(stop.clone()));
+    let kept_up = tokio::spawn(site.clone().run_upkeep(stop.clone()));
     let watched = tokio::spawn({
         let site = site.clone();
         async move { site.watch_certificates().await }
@@ -80,9 +83,10 @@ pub async fn serve(dir: &Path, config: Config, ready: impl FnOnce(&str)) -> Resu
     tokio::join!(site.primary.shutdown(), site.extensions.shutdown());
     site.trials.end_all().await;
     // Callers that wait have been told by now; a connection that does not end must not keep us.
-    let _ =
-        tokio::time::timeout(Duration::from_secs(10), async { tokio::join!(served, controlled, exported) })
-            .await;
+    let _ = tokio::time::timeout(Duration::from_secs(10), async {
+        tokio::join!(served, controlled, exported, kept_up)
+    })
+    .await;
     let store = site.store.clone();
     let closed = tokio::task::spawn_blocking(move || store.shutdown()).await;
     closed.map_err(|error| Failure::new(Code::Internal, error.to_string()))?;
@@ -115,11 +119,13 @@ async fn open(
     )?;
     let config = Arc::new(config);
     let policies = Arc::new(Known::new(dir.to_owned(), config.clone()));
+    let repositories = Arc::new(OpenRepositories::default());
     let backups = Backups::new(
         dir.to_owned(),
         config.clone(),
         store.clone(),
         events.clone(),
+        repositories.clone(),
         policies.clone(),
         catalog.clone(),
     );
@@ -149,10 +155,12 @@ async fn open(
         store,
         jobs,
         policies,
+        repositories,
         exports,
         checks,
         turns: Turns::default(),
         trials,
+        moves: tokio::sync::Mutex::default(),
     }))
 }
 

@@ -4,7 +4,9 @@ use model::{
     ApplyState, Assessment, Consistency, GroupName, InitialStart, MayRun, Phase, Progress, ResyncPolicy,
     ResyncWord, Timestamp, VmId,
 };
+use primary::Relocating;
 use serde::Serialize;
+use wire::Relocation;
 
 use crate::clock::{rfc3339, seconds, serialize_moment, serialize_optional_moment};
 use crate::media::MediaView;
@@ -67,9 +69,9 @@ pub struct DiskView {
 #[serde(untagged)]
 pub enum Side {
     /// The primary's.
-    Primary(PrimarySide),
+    Primary(Box<PrimarySide>),
     /// The replica's.
-    Replica(ReplicaSide),
+    Replica(Box<ReplicaSide>),
 }
 
 /// The primary's part.
@@ -90,6 +92,17 @@ pub struct PrimarySide {
     /// The media that its initial replication goes by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub media: Option<MediaView>,
+    /// Seconds between application-consistent points.
+    pub app_every_s: Option<u64>,
+    /// The guest agent's socket, where one was named.
+    pub guest_agent: Option<String>,
+    /// The most that is sent, in bytes per second.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// What shows that the VM has booted, for boot checks of its replica.
+    pub sign_of_life: Option<String>,
+    /// The move of the replica to another site.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moving: Option<MovingView>,
     /// When the next one is due.
     #[serde(serialize_with = "serialize_moment")]
     pub next_cycle_at: Timestamp,
@@ -97,6 +110,32 @@ pub struct PrimarySide {
     pub last_cycle: Option<CycleView>,
     /// Bytes of logs sent since the site was started.
     pub sent_bytes: u64,
+}
+
+/// A replica on its way to another site, as its primary sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct MovingView {
+    /// Where it goes; none if it is there, and the site before has not heard of it.
+    pub to: Option<String>,
+    /// Where it was.
+    pub from: String,
+    /// How much of the oldest point is there, while that is being sent.
+    pub progress: Option<Progress>,
+    /// Bytes of logs that are still to be sent.
+    pub pending_bytes: Option<u64>,
+    /// Why it does not go on just now.
+    pub error: Option<String>,
+}
+
+impl MovingView {
+    fn of(status: &primary::VmStatus) -> Option<Self> {
+        let (to, from) = match status.settings.relocating.as_ref()? {
+            Relocating::To { peer, .. } => (Some(peer.clone()), status.settings.peer.clone()),
+            Relocating::From { peer, .. } => (None, peer.clone()),
+        };
+        let Relocation { progress, pending_bytes, error, .. } = status.relocation.clone();
+        Some(Self { to, from, progress, pending_bytes, error })
+    }
 }
 
 /// A pass that waits.
@@ -147,6 +186,9 @@ pub struct ReplicaSide {
     /// Since when the storage is being moved.
     #[serde(serialize_with = "serialize_optional_moment")]
     pub migrating_since: Option<Timestamp>,
+    /// The site that it is on its way to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moving_to: Option<String>,
     /// Why the primary's last cycle failed, as it told.
     pub primary_error: Option<String>,
     /// Where the replica is.
@@ -253,7 +295,7 @@ impl VmView {
                     copied_bytes: disk.joining,
                 })
                 .collect(),
-            side: Side::Primary(PrimarySide {
+            side: Side::Primary(Box::new(PrimarySide {
                 // What is on media is not at the replica.
                 acked: if status.passes.media.is_some() { 0 } else { status.acked.0 },
                 failures: status.failures,
@@ -262,10 +304,15 @@ impl VmView {
                 resync: settings.resync,
                 resync_reason: status.passes.why.as_ref().map(ToString::to_string),
                 media: MediaView::of_primary(status),
+                moving: MovingView::of(status),
+                app_every_s: settings.app_every.map(|every| every.as_secs()),
+                guest_agent: settings.guest_agent.as_ref().map(|socket| socket.display().to_string()),
+                bandwidth_bytes_per_s: settings.bandwidth_bytes_per_s,
+                sign_of_life: settings.sign_of_life.clone(),
                 next_cycle_at: status.next_at,
                 last_cycle: status.last_cycle.as_ref().map(CycleView::of),
                 sent_bytes: status.sent_bytes,
-            }),
+            })),
         }
     }
 }
@@ -309,11 +356,12 @@ impl VmView {
                     copied_bytes: None,
                 })
                 .collect(),
-            side: Side::Replica(ReplicaSide {
+            side: Side::Replica(Box::new(ReplicaSide {
                 received: status.head.number.0,
                 applied: status.applied.0,
                 apply: apply_name(&status.facts.apply),
                 migrating_since: status.facts.migrating_since,
+                moving_to: status.moving_to.clone(),
                 primary_error: status.reported.error.clone(),
                 storage: status.folder.display().to_string(),
                 log_bytes: status.log_bytes,
@@ -324,7 +372,7 @@ impl VmView {
                 withdrawn: status.withdrawn,
                 damage: status.damage.clone(),
                 media: MediaView::of_replica(status),
-            }),
+            })),
         }
     }
 }

@@ -77,7 +77,7 @@ impl Site {
             return Err(not_yet("still-running", message));
         }
         let seed = |disk: &primary::KnownDisk| {
-            let image = disk.image.clone().filter(|image| image.path.exists())?;
+            let image = disk.image.clone().filter(|image| image.path.is_file())?;
             Some(Seed { disk: disk.name.clone(), path: image.path, format: image.format })
         };
         let seeds: Vec<Seed> = ours.disks.iter().filter_map(seed).collect();

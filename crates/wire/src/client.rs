@@ -19,8 +19,8 @@ use crate::invite::Invite;
 use crate::limiter::RateLimiter;
 use crate::limits::JSON_BYTES_MAX;
 use crate::messages::{
-    DigestRequest, ErrorBody, HandOver, HandedOver, Introduction, Offer, RelationshipStatus, Report,
-    SiteInfo, TakeOver, TakenOver, UploadState, check_site_name, tidy,
+    DigestRequest, ErrorBody, HandOver, HandedOver, InStep, Introduction, Offer, RelationshipStatus,
+    Relocate, Relocation, Report, SiteInfo, TakeOver, TakenOver, UploadState, check_site_name, tidy,
 };
 use crate::outgoing::{Outgoing, Pieces, Progress};
 use crate::succession::NextKey;
@@ -193,10 +193,20 @@ impl Client {
     }
 
     /// Becomes the primary of a VM whose replica is there, in the place of another site of the same trust group.
-    pub async fn take_over(&self, vm_name: &VmName) -> Result<TakenOver> {
-        let wanted = TakeOver { vm_name: vm_name.clone() };
+    /// With `in_step` nothing is compared: the chain there has all that there is.
+    pub async fn take_over(&self, vm_name: &VmName, in_step: Option<InStep>) -> Result<TakenOver> {
+        let wanted = TakeOver { vm_name: vm_name.clone(), in_step };
         let question = Question::new(Method::POST, "/v1/take-over".to_owned(), "take over").json(&wanted)?;
         self.ask_json(question).await
+    }
+
+    /// Has the replica of a VM moved from there to another site; asks how far that is.
+    pub async fn relocate(&self, vm: VmId, wanted: &Relocate) -> Result<Relocation> {
+        let path = format!("{}/relocate", relationship(vm));
+        let mut relocation: Relocation =
+            self.ask_json(Question::new(Method::POST, path, "relocate").json(wanted)?).await?;
+        relocation.tidy();
+        Ok(relocation)
     }
 
     /// The digests of a stretch of a disk in the replica's newest state.

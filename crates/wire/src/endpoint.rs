@@ -12,8 +12,8 @@ use crate::identity::Fingerprint;
 use crate::invite::Secret;
 use crate::limiter::RateLimiter;
 use crate::messages::{
-    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Report, SiteInfo, TakeOver,
-    TakenOver, UploadState,
+    DigestRequest, HandOver, HandedOver, Offer, Refused, RelationshipStatus, Relocate, Relocation, Report,
+    SiteInfo, TakeOver, TakenOver, UploadState,
 };
 
 /// Another site that this one trusts.
@@ -135,6 +135,18 @@ pub trait Endpoint: Send + Sync + 'static {
     ) -> impl Future<Output = Result<TakenOver, Refused>> + Send {
         let message = format!("VM {} is not given to another peer here", vm.vm_name);
         std::future::ready(Err(Refused::forbidden("forbidden", message)))
+    }
+
+    /// A primary has the replica of its VM moved to another site. Asked again, each step's answer is the same. A site may
+    /// not be able to do so.
+    fn relocate(
+        &self,
+        peer: &Peer,
+        _vm: VmId,
+        _relocate: Relocate,
+    ) -> impl Future<Output = Result<Relocation, Refused>> + Send {
+        let message = format!("this site moves no replica of {} to another one", peer.name);
+        std::future::ready(Err(Refused::forbidden("not-moved", message)))
     }
 
     /// How much of a log is here. A log of which nothing is here yet has offset 0; one that is durable says

@@ -14,8 +14,8 @@ use crate::endpoint::{Endpoint, Newcomer};
 use crate::invite::check_address;
 use crate::limits::{DIGESTS_MAX, SEGMENT_BYTES};
 use crate::messages::{
-    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Report, TakeOver, check_site_name,
-    codes,
+    DigestRequest, HandOver, Introduction, Offer, Refused, RefusedClass, Relocate, Report, TakeOver,
+    check_site_name, codes,
 };
 use crate::routes::{Call, Denied, bad_id, json};
 use crate::succession::NextKey;
@@ -102,6 +102,14 @@ pub(crate) async fn hand_over<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> An
     let newest: HandOver = read_json(body, &call.site.limits).await?;
     let handed = call.site.endpoint.hand_over(call.peer()?, vm, newest).await?;
     Ok(json(StatusCode::OK, &handed))
+}
+
+/// `POST /v1/relationships/{vm}/relocate`
+pub(crate) async fn relocate<E: Endpoint>(call: Arc<Call<E>>, body: Body) -> Answer {
+    let vm = call.id("vm")?;
+    let wanted: Relocate = read_json(body, &call.site.limits).await?;
+    let relocation = call.site.endpoint.relocate(call.peer()?, vm, wanted).await?;
+    Ok(json(StatusCode::OK, &relocation))
 }
 
 /// `POST /v1/take-over`

@@ -53,9 +53,9 @@ pub use invite::{Invite, InviteError, Secret, SecretHash};
 pub use limiter::RateLimiter;
 pub use limits::{CONNECTIONS_MAX, DIGESTS_MAX, JSON_BYTES_MAX, Limits, SEGMENT_BYTES, SEGMENTS_MAX};
 pub use messages::{
-    Announced, DigestRequest, HandOver, HandedOver, HandedOverDisk, Offer, OfferedDisk, OfferedMedia,
-    Refused, RefusedClass, RelationshipStatus, Report, SiteInfo, SiteNameError, TakeOver, TakenOver,
-    UploadState, check_site_name, codes,
+    Announced, DigestRequest, HandOver, HandedOver, HandedOverDisk, InStep, Offer, OfferedDisk, OfferedMedia,
+    Refused, RefusedClass, RelationshipStatus, Relocate, RelocateStep, Relocation, Report, SiteInfo,
+    SiteNameError, TakeOver, TakenOver, UploadState, check_site_name, codes,
 };
 pub use routes::{router, router_with};
 pub use server::{serve, serve_with};

@@ -3,9 +3,12 @@
 use media::MediaKey;
 use model::group::{Group, GroupMoment};
 use model::{
-    DISK_BYTES_MAX, DiskName, LogId, LogNumber, MediaId, Phase, ResyncReason, VM_BYTES_MAX, VmId, VmName,
+    DISK_BYTES_MAX, DiskName, Head, LogId, LogNumber, MediaId, Phase, Progress, ResyncReason, TravellingPin,
+    VM_BYTES_MAX, VmId, VmName,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::certificate::KeyId;
 
 /// A primary tells a replica's site what it protects; made again whenever the two must be squared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +42,9 @@ pub struct Offer {
     /// The initial replication comes on media.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media: Option<OfferedMedia>,
+    /// The points that are to be pinned once they are there: the replica moves to this site.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<TravellingPin>,
 }
 
 /// A set of media that the replica is to begin with.
@@ -57,6 +63,8 @@ const fn first_generation() -> u64 {
     1
 }
 
+/// Pins that travel with one VM.
+const PINS_MAX: usize = 4096;
 /// Disks of one VM; as many as a log can name.
 const DISKS_MAX: usize = 256;
 /// The longest interval between cycles, in seconds: a month.
@@ -68,6 +76,9 @@ impl Offer {
         check_site_name(&self.primary_name).map_err(|error| error.to_string())?;
         if self.disks.len() > DISKS_MAX {
             return Err(format!("a VM of {} disks is not taken; {DISKS_MAX} at most", self.disks.len()));
+        }
+        if self.pins.len() > PINS_MAX {
+            return Err(format!("{} pins are not taken; {PINS_MAX} at most", self.pins.len()));
         }
         let mut sum = 0_u64;
         for (place, OfferedDisk { name, size_bytes }) in self.disks.iter().enumerate() {
@@ -137,7 +148,8 @@ fn tidy_phase(phase: &mut Phase) {
             | ResyncReason::BitmapInconsistent(text)
             | ResyncReason::DiskResized(text)
             | ResyncReason::DisksChanged(text)
-            | ResyncReason::ChainBroken(text) => tidy(text),
+            | ResyncReason::ChainBroken(text)
+            | ResyncReason::Restored(text) => tidy(text),
             ResyncReason::Requested | ResyncReason::Reversed | ResyncReason::Seeded => {}
         }
     }
@@ -208,11 +220,24 @@ pub struct HandOver {
     pub done: bool,
 }
 
-/// A peer wants to be the primary of a VM whose replica is here and another peer's: the VM was moved to its site.
+/// A peer wants to be the primary of a VM whose replica is here and another peer's: the VM was moved to its site, or the
+/// replica to this one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TakeOver {
     /// What the VM is called at the replica's site.
     pub vm_name: VmName,
+    /// Nothing is to be compared: the replica has all that the VM's primary has sent to the one that it was passed on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_step: Option<InStep>,
+}
+
+/// Where two chains of one VM are one state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InStep {
+    /// The newest log of the chain that is taken over.
+    pub there: LogNumber,
+    /// The newest one of the chain that the primary comes from. Numbers never go back: the next log has one beyond both.
+    pub here: LogNumber,
 }
 
 /// The VM is that peer's now, and only what it sends from now on is taken.
@@ -222,6 +247,63 @@ pub struct TakenOver {
     pub vm: VmId,
     /// Its generation: older ones are of the primary before.
     pub generation: u64,
+    /// The end of its chain, where the next log goes on; of a site that does not say so nothing is known.
+    #[serde(default)]
+    pub head: Option<Head>,
+}
+
+/// A primary has the replica of its VM moved from this site to another one, which both know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relocate {
+    /// That site, by its key: each site has a name of its own for it.
+    pub to: KeyId,
+    /// What is to be done.
+    pub step: RelocateStep,
+}
+
+/// A step of a replica's move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "step")]
+pub enum RelocateStep {
+    /// To begin, and to tell how far it is.
+    Begin,
+    /// To take no more logs: with this one as the newest, if the other site has all of it.
+    Seal {
+        /// The newest log that the primary knows of.
+        number: LogNumber,
+        /// Its id.
+        id: LogId,
+    },
+    /// To take logs again.
+    Unseal,
+    /// To end it; the replica stays here.
+    Cancel,
+    /// It is done: the other site is the replica's now, and this one has none any more.
+    Done,
+}
+
+/// How far a replica's move is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Relocation {
+    /// The newest log of the other site's chain, if that is all that this one has.
+    pub in_step: Option<LogNumber>,
+    /// No more logs are taken here.
+    pub sealed: bool,
+    /// How much of the oldest point is there, while that is being sent.
+    pub progress: Option<Progress>,
+    /// Bytes of logs that are still to be sent, as far as known.
+    pub pending_bytes: Option<u64>,
+    /// Why it does not go on just now.
+    pub error: Option<String>,
+}
+
+impl Relocation {
+    /// Makes the texts in it fit to be shown.
+    pub(crate) fn tidy(&mut self) {
+        if let Some(error) = &mut self.error {
+            tidy(error);
+        }
+    }
 }
 
 /// What a VM that was handed over is to be started from.

@@ -26,7 +26,8 @@ use crate::body::drain;
 use crate::doors::{Place, network};
 use crate::endpoint::{ClientIdentity, Endpoint, Peer, WireEvent};
 use crate::handlers::{
-    accept_invite, announce, append, digests, hand_over, offer, report, take_over, upload_state, withdraw,
+    accept_invite, announce, append, digests, hand_over, offer, relocate, report, take_over, upload_state,
+    withdraw,
 };
 use crate::identity::Fingerprint;
 use crate::limits::Limits;
@@ -71,6 +72,10 @@ pub fn router_with<E: Endpoint>(endpoint: Arc<E>, limits: Limits) -> Router {
         .route(
             "/v1/relationships/{vm}/hand-over",
             post(|site: Of<E>, r| answer(site.0, "hand-over", Peers, r, hand_over)),
+        )
+        .route(
+            "/v1/relationships/{vm}/relocate",
+            post(|site: Of<E>, r| answer(site.0, "relocate", Peers, r, relocate)),
         )
         .route(
             "/v1/relationships/{vm}/digests",

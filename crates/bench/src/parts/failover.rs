@@ -85,6 +85,7 @@ fn offer() -> anyhow::Result<Offer> {
         paused: false,
         generation: 1,
         media: None,
+        pins: Vec::new(),
         group: None,
     })
 }

@@ -184,6 +184,7 @@ pub fn forged_offer(vm: VmId, name: &str, disk_bytes: u64) -> Offer {
         paused: false,
         generation: 1,
         media: None,
+        pins: Vec::new(),
         group: None,
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rig::{Process, Result, Site, tool, wait_for};
 
-use super::pair::{Pair, order, trouble};
+use super::pair::{Pair, order, order_again, trouble};
 use crate::common::{DISKS, LONG, MIB, VM, path};
 
 /// An operation that passes steps.
@@ -80,6 +80,10 @@ pub enum Drive {
     Extend,
     /// and once more.
     ExtendedSync,
+    /// The replica moves to a third site,
+    MoveAway,
+    /// and back from there, with a point that is pinned.
+    MoveBack,
     /// The VM is put into a group,
     MakeGroup,
     /// and a moment of it is fixed.
@@ -114,6 +118,7 @@ pub enum Drive {
     Restore,
     /// The same as VHDX.
     RestoreVhdx,
+    RestoreOnto,
 }
 
 use Drive::*;
@@ -162,6 +167,8 @@ impl Drive {
             MeasuredHere | MeasuredThere => "measurements --reset",
             Extend => "extend",
             ExtendedSync => "a cycle of an extension",
+            MoveAway => "migrate --to-site",
+            MoveBack => "migrate --to-site, to this site",
             MakeGroup => "group create",
             GroupMoment => "sync --group",
             Invite => "peer invite",
@@ -178,6 +185,7 @@ impl Drive {
             Init => "init",
             Restore => "restore",
             RestoreVhdx => "restore --format vhdx",
+            RestoreOnto => "restore --onto",
         }
     }
 
@@ -224,6 +232,12 @@ impl Drive {
                 pair.head.ok(&["extend", VM, "--to", "far"])?;
                 pair.passed_on()
             }
+            MoveAway => pair.site_to_move_to(),
+            MoveBack => {
+                pair.site_to_move_to()?;
+                pair.head.ok(&["pin", VM, "latest", "--name", PINNED])?;
+                pair.move_to("far")
+            }
             AdoptKey => pair.die_first("wire::identity::next-key-adopted", NewKey),
             TakeOver => {
                 let mut homes = (0..).map(|place| pair.dir.path().join(format!("depot-{place}")));
@@ -250,7 +264,7 @@ impl Drive {
                 ]))
                 .map(drop)
             }
-            Restore | RestoreVhdx => pair.head.ok(&["backup", VM]).map(drop),
+            Restore | RestoreVhdx | RestoreOnto => pair.head.ok(&["backup", VM]).map(drop),
             _ => Ok(()),
         }
     }
@@ -307,12 +321,14 @@ impl Drive {
             Disks => order(branch, &["disk", "remove", VM, DISKS[1].0]),
             Withdraw => order(branch, &["unprotect", VM]),
             Remove => order(head, &["unprotect", VM]),
-            Backup | BackupToNewFolders => order(head, &["backup", VM]),
+            Backup => order(head, &["backup", VM]),
+            // Which folders a backup's packs go to is chance: most are there already.
+            BackupToNewFolders => order_again(head, &["backup", VM]),
             RunPolicy => {
                 let policies = head.dir().join("policies");
                 std::fs::create_dir_all(&policies).map_err(trouble)?;
                 // Due on no day of a test, but when it is told to.
-                let policy = format!("vms = \"{VM}\"\nschedule = \"0 0 1 1 *\"\nrepository = \"local\"\n");
+                let policy = format!("vms = \"{VM}\"\nschedule = \"0 0 1 1 *\"\nrepository = \"local\"\n[retention]\nlast = 1000\n");
                 // A name of its own each time: VMs are selected once.
                 let name = format!("once-{}", std::fs::read_dir(&policies).map_err(trouble)?.count());
                 std::fs::write(policies.join(format!("{name}.toml")), policy).map_err(trouble)?;
@@ -351,6 +367,8 @@ impl Drive {
                 branch.run(&["sync", VM])?;
                 order(head, &["sync", VM])
             }
+            MoveAway => order(branch, &["migrate", VM, "--to-site", "far"]),
+            MoveBack => order(branch, &["migrate", VM, "--to-site", "head"]),
             MakeGroup => order(branch, &["group", "create", GROUP, VM]),
             GroupMoment => {
                 // A VM whose last cycle has failed takes part again when one has ended well.
@@ -374,7 +392,7 @@ impl Drive {
             NewKey => order(head, &["identity", "renew", "--new-key"]),
             UseCa => order(head, &["identity", "use", "--ca", path(&branch.dir().join("identity.crt"))]),
             Start | Adopt | Lose | Rewrite | EndMove | HoldRunsOut | AdoptKey | Hours | Move | Init
-            | Restore | RestoreVhdx => {
+            | Restore | RestoreVhdx | RestoreOnto => {
                 return Ok(None);
             }
         }
@@ -467,6 +485,12 @@ impl Drive {
                 if fine { Ok(()) } else { Err(trouble(format!("{removed:?}"))) }
             }
             Extend | ExtendedSync => pair.end_extension(),
+            // Wherever it was cut off: it goes on to its end, and then the other way.
+            MoveAway => pair.move_to("far").and_then(|()| pair.move_to("head")),
+            MoveBack => {
+                pair.move_to("head")?;
+                pair.head.ok(&["unpin", VM, PINNED]).map(drop)
+            }
             TakeOver => {
                 if pair.head.vm(VM)?["peer"] == "depot" {
                     // Done, whether somebody was told or not: and so it is taken back.

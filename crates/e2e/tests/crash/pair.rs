@@ -1,7 +1,7 @@
 //! Two sites, a VM's disks under a writer, and the power that can go.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -135,6 +135,36 @@ impl Pair {
         Ok(())
     }
 
+    /// A third site that the replica can move to, and back from.
+    pub fn site_to_move_to(&mut self) -> Result<()> {
+        self.third_site()?;
+        let is_known = self.branch.run(&["peer", "show", "far"])?.status == 0;
+        let Some(far) = self.far.as_ref().filter(|_| !is_known) else { return Ok(()) };
+        far.invite(&self.branch)?;
+        for (site, peers) in [(far, ["head", "branch"]), (&self.head, ["far", "branch"])] {
+            for peer in peers {
+                site.ok(&["peer", "allow", peer, "--group", "hosts"])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the replica moved to that site, wherever an earlier wish was cut off.
+    pub fn move_to(&self, site: &str) -> Result<()> {
+        let mut last = Value::Null;
+        let moved = wait_for("the replica to move", 2 * LONG, || {
+            let vm = self.branch.vm(VM)?;
+            if vm["peer"] == site && vm["moving"].is_null() {
+                return Ok(Some(()));
+            }
+            if vm["moving"].is_null() {
+                last = self.branch.run(&["migrate", VM, "--to-site", site])?.json;
+            }
+            Ok(None)
+        });
+        moved.map_err(|Trouble(text)| Trouble(format!("{text} to {site}: {last}\n{}", self.logs())))
+    }
+
     /// A cycle of the second hop that ends well; then the third site's point is a moment of the VM.
     pub fn passed_on(&self) -> Result<()> {
         wait_for("a cycle of the second hop to end well", LONG, || {
@@ -218,6 +248,14 @@ impl Pair {
 /// A command of a site that is left to itself.
 pub fn order(site: &Site, arguments: &[&str]) -> Result<Process> {
     Process::start(site.command(arguments)?.stdout(Stdio::null()).stderr(Stdio::null()))
+}
+
+/// The same again and again, as long as it succeeds.
+pub fn order_again(site: &Site, arguments: &[&str]) -> Result<Process> {
+    let command = site.command(arguments)?;
+    let mut again = Command::new("sh");
+    again.args(["-c", "while \"$0\" \"$@\"; do :; done"]).arg(command.get_program()).args(command.get_args());
+    Process::start(again.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()))
 }
 
 fn lossy_disk(dir: &Path, name: &str) -> Result<LossyDisk> {

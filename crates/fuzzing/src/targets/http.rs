@@ -126,7 +126,7 @@ impl Endpoint for Stub {
 
     async fn take_over(&self, _peer: &Peer, wanted: TakeOver) -> Result<TakenOver, Refused> {
         assert!(!wanted.vm_name.as_str().contains('/'), "names are checked before");
-        Ok(TakenOver { vm: VmId::from_bytes([1; 16]), generation: 2 })
+        Ok(TakenOver { vm: VmId::from_bytes([1; 16]), generation: 2, head: None })
     }
 
     async fn withdraw(&self, _peer: &Peer, _vm: VmId) -> Result<(), Refused> {

@@ -148,6 +148,7 @@ pub fn request() -> ProtectRequest {
             bandwidth_bytes_per_s: None,
             sign_of_life: None,
             excluded: Vec::new(),
+            relocating: None,
             resync: model::ResyncPolicy::Automatic,
         },
         initial: model::InitialStart::Now,

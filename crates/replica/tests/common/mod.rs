@@ -114,6 +114,7 @@ impl Primary {
             paused: false,
             generation: 1,
             media: None,
+            pins: Vec::new(),
             group: None,
         }
     }

@@ -19,21 +19,23 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
 use model::backup::{Closing, close};
-use model::{PointInfo, Timestamp, VmId, VmName};
+use model::{PointInfo, PolicyName, Timestamp, VmId, VmName};
 
 use crate::Repository;
 use crate::direct::Aligned;
 use crate::error::Error;
 use crate::id::{BackupId, Id};
-use crate::info::{BackupInfo, Description, TAG};
+use crate::info::{BackupInfo, Description, POLICY_TAG, TAG};
 use crate::list;
 use crate::lock::Lock;
 use crate::manifest::{self, BackupDisk, DEFINITION_FILE, MANIFEST_FILE, Manifest};
 use crate::pack::{BlobKind, PackBuilder};
-use crate::rustic::{FileKind, RunSummary, Snapshot};
+use crate::rustic::{RunSummary, Snapshot};
 use crate::source::Source;
+use crate::storage::FileKind;
 use crate::tree::{self, TreeFile};
-use packer::{Packer, TreeBlob};
+pub(crate) use packer::Packer;
+use packer::TreeBlob;
 use run::Run;
 
 /// What is known of a backup before it is made.
@@ -47,6 +49,8 @@ pub struct BackupMeta {
     pub point: PointInfo,
     /// The VM's definition, kept beside the disks.
     pub definition: serde_json::Value,
+    /// The policy that it is made by; a person asked for it if there is none.
+    pub policy: Option<PolicyName>,
 }
 
 /// How far a backup or a restore is.
@@ -132,9 +136,8 @@ impl Repository {
         made_at: Timestamp,
         full: &mut dyn FnMut(PackBuilder) -> Result<(), Error>,
     ) -> Result<(Vec<BackupDisk>, Id), Error> {
-        let encode = |error: serde_json::Error| {
-            Error::io("cannot encode a backup for", self.path(), io::Error::other(error))
-        };
+        let encode = |error: serde_json::Error| self.store.failed_here("cannot encode a backup for", error);
+        let compress = |error: io::Error| self.store.failed_here("cannot compress for", error);
         let (mut disks, mut files) = (Vec::new(), Vec::new());
         for (disk, plan) in source.disks().iter().zip(run.plans) {
             let list = plan.finished_list();
@@ -165,12 +168,10 @@ impl Repository {
             let content = run.store_file(&json, full)?;
             files.push(TreeFile { name: name.into(), size_bytes: json.len() as u64, content });
         }
-        let mut blob = TreeBlob::new(self.store.cipher().clone())
-            .map_err(|source| Error::io("cannot compress for", self.path(), source))?;
-        tree::encode(&files.iter().collect::<Vec<_>>(), meta.point.taken_at, &mut blob)
-            .map_err(|source| Error::io("cannot compress for", self.path(), source))?;
+        let mut blob = TreeBlob::new(self.store.cipher().clone()).map_err(compress)?;
+        tree::encode(&files.iter().collect::<Vec<_>>(), meta.point.taken_at, &mut blob).map_err(compress)?;
         drop(files);
-        let blob = blob.finish().map_err(|source| Error::io("cannot compress for", self.path(), source))?;
+        let blob = blob.finish().map_err(compress)?;
         let id = blob.id;
         if self.index().tree(&id).is_none_or(|location| !location.present) {
             let mut pack = PackBuilder::new(BlobKind::Tree, Aligned::default());
@@ -180,18 +181,14 @@ impl Repository {
         Ok((disks, id))
     }
 
-    /// Writes the snapshot file. From here on the backup is listed.
-    fn list_backup(
-        &self,
-        backup: &BackupInfo,
-        packer: &Packer<'_>,
-        chunks_added: u64,
-    ) -> Result<BackupId, Error> {
+    /// What a listing shows of a backup.
+    pub(crate) fn describe(&self, backup: &BackupInfo) -> Result<String, Error> {
         let meta = BackupMeta {
             vm: backup.vm,
             vm_name: backup.vm_name.clone(),
             point: backup.point,
             definition: serde_json::Value::Null,
+            policy: None,
         };
         let description = Description {
             manifest: manifest_of(&meta, backup.made_at, backup.disks.clone()),
@@ -199,23 +196,35 @@ impl Repository {
             bytes_added: backup.bytes_added,
             seconds: backup.seconds,
         };
-        let description = serde_json::to_string(&description)
-            .map_err(|error| Error::io("cannot encode a backup for", self.path(), io::Error::other(error)))?;
+        serde_json::to_string(&description)
+            .map_err(|error| self.store.failed_here("cannot encode a backup for", error))
+    }
+
+    /// Writes the snapshot file. From here on the backup is listed.
+    fn list_backup(
+        &self,
+        backup: &BackupInfo,
+        packer: &Packer<'_>,
+        chunks_added: u64,
+    ) -> Result<BackupId, Error> {
+        let description = self.describe(backup)?;
         let consistency = match backup.point.consistency {
             model::Consistency::Application => "application",
             model::Consistency::Crash => "crash",
         };
+        let mut tags = vec![
+            TAG.into(),
+            format!("vm:{}", backup.vm),
+            format!("point:{}", backup.point.id),
+            format!("number:{}", backup.point.number),
+            consistency.into(),
+        ];
+        tags.extend(backup.policy.as_ref().map(|policy| format!("{POLICY_TAG}{policy}")));
         let snapshot = Snapshot {
             tree: backup.tree,
             time: backup.point.taken_at,
             hostname: backup.vm_name.to_string(),
-            tags: vec![
-                TAG.into(),
-                format!("vm:{}", backup.vm),
-                format!("point:{}", backup.point.id),
-                format!("number:{}", backup.point.number),
-                consistency.into(),
-            ],
+            tags,
             paths: backup.disks.iter().map(|disk| format!("/{}", disk.raw_file())).collect(),
             parent: backup.parent.map(|parent| parent.0),
             description: Some(description),
@@ -231,6 +240,11 @@ impl Repository {
         };
         self.store.write_snapshot(snapshot, summary).map(BackupId)
     }
+}
+
+/// To a millisecond: what is written down in JSON is read as the same.
+pub(crate) fn seconds_since(began: Instant) -> f64 {
+    (began.elapsed().as_secs_f64() * 1000.0).round() / 1000.0
 }
 
 fn manifest_of(meta: &BackupMeta, made_at: Timestamp, disks: Vec<BackupDisk>) -> Manifest {
@@ -285,10 +299,7 @@ impl Closing for Ending<'_> {
 
     fn check_run(&mut self) -> Result<(), Error> {
         self.run.check_cancel()?;
-        if self.lock.is_held() {
-            return Ok(());
-        }
-        Err(Error::LockLost { path: self.repository.path().to_owned() })
+        self.lock.check()
     }
 
     fn list(self) -> Result<BackupReport, Error> {
@@ -304,7 +315,8 @@ impl Closing for Ending<'_> {
             parent: self.parent,
             bytes_read: counts.read_bytes,
             bytes_added: self.packer.bytes_added(),
-            seconds: self.began.elapsed().as_secs_f64(),
+            seconds: seconds_since(self.began),
+            policy: self.meta.policy,
             tree,
         };
         backup.id = self.repository.list_backup(&backup, self.packer, counts.chunks_added)?;

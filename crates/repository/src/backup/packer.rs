@@ -14,7 +14,8 @@ use crate::error::Error;
 use crate::id::{ById, Id};
 use crate::index::{Index, IndexedPack, write_index_file};
 use crate::pack::{BlobKind, Pack, PackBuilder, SealedBlob};
-use crate::rustic::{FileKind, Store};
+use crate::storage::FileKind;
+use crate::store::Store;
 
 /// An index file is written once it would name this many blobs: so a long run that is killed has not worked
 /// for nothing, and memory stays bounded.
@@ -55,6 +56,11 @@ impl<'a> Packer<'a> {
 
     pub(crate) fn cipher(&self) -> &Cipher {
         self.store.cipher()
+    }
+
+    /// How many packs are written at the same time: while some wait for the storage, another is hashed.
+    pub(crate) fn writers(&self) -> usize {
+        self.store.writers()
     }
 
     /// Whether the repository has this chunk not, nor anybody of this run.

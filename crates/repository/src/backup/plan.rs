@@ -9,7 +9,7 @@ use model::LogNumber;
 
 use crate::Repository;
 use crate::cutter::Cutter;
-use crate::error::Error;
+use crate::error::{Error, Unread};
 use crate::info::BackupInfo;
 use crate::list::{BLOCK_BYTES, Chunk, index_of};
 use crate::source::{Source, SourceDisk};
@@ -78,6 +78,18 @@ impl DiskPlan {
     }
 }
 
+/// A part of the parent; none where it is damaged.
+fn useful<T>(part: Result<T, Unread>) -> Result<Option<T>, Error> {
+    match part {
+        Ok(part) => Ok(Some(part)),
+        Err(unread) => {
+            let why = unread.damage()?;
+            tracing::warn!(why, "the parent backup is damaged; everything is read");
+            Ok(None)
+        }
+    }
+}
+
 impl Repository {
     /// Plans every disk of the source.
     pub(super) fn plan_disks(
@@ -85,17 +97,22 @@ impl Repository {
         source: &dyn Source,
         parent: Option<&BackupInfo>,
     ) -> Result<Vec<DiskPlan>, Error> {
-        let useless = |why: &str| tracing::warn!(why, "the parent backup is damaged; everything is read");
-        let files =
-            parent.and_then(|parent| self.read_tree(&parent.tree).inspect_err(|why| useless(why)).ok());
-        let mut files = files.unwrap_or_default();
+        let mut files = match parent {
+            Some(parent) => useful(self.read_tree(&parent.tree))?.unwrap_or_default(),
+            None => Vec::new(),
+        };
         let mut plans = Vec::new();
         for (number, disk) in source.disks().iter().enumerate() {
-            let old = parent.and_then(|parent| {
-                let known = parent.disks.iter().find(|known| known.name == disk.name)?;
-                let list = self.disk_list(&mut files, known).inspect_err(|why| useless(why)).ok()?;
-                Some((parent.point.number, known.size_bytes, list))
+            let known = parent.and_then(|parent| {
+                Some((parent.point.number, parent.disks.iter().find(|known| known.name == disk.name)?))
             });
+            let old = match known {
+                Some((since, known)) => {
+                    let list = useful(self.disk_list(&mut files, known))?;
+                    list.map(|list| (since, known.size_bytes, list))
+                }
+                None => None,
+            };
             plans.push(match old {
                 Some((since, size, list)) => self.plan_changes(source, number, since, size, list)?,
                 None => DiskPlan::everything(disk),

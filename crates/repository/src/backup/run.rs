@@ -19,8 +19,6 @@ use crate::pack::{PackBuilder, Sealer};
 use crate::source::Source;
 use crate::zeros::zero_chunks;
 
-/// Packs are written by this many threads: while one waits for the disk, the other hashes.
-const WRITERS: usize = 2;
 /// So much is read at a time, and more while a chunk may be longer than what is there.
 const READ_BYTES: usize = 1 << 20;
 /// How often progress is told and a cancellation noticed.
@@ -119,7 +117,7 @@ impl<'a> Run<'a> {
             }
             drop(finished);
             let (written, all_written) = channel::<()>();
-            for _ in 0..WRITERS {
+            for _ in 0..self.packer.writers() {
                 let (written, to_write) = (written.clone(), to_write.clone());
                 scope.spawn(move || self.guard(written, || self.write(&to_write)));
             }

@@ -5,6 +5,7 @@
 //! `.partial` until all disks are restored and durable; so a file with a disk's name is a whole disk, or with
 //! `keep_going` one whose damaged ranges are in the report.
 
+mod onto;
 mod qcow2;
 mod target;
 
@@ -20,13 +21,14 @@ use steps::durable_step;
 
 use crate::backup::Progress;
 use crate::direct::Aligned;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Unread};
 use crate::info::BackupInfo;
 use crate::list::{self, Chunk, Stretch, index_of};
 use crate::lock::Lock;
 use crate::manifest::BackupDisk;
 use crate::parallel;
 use crate::{Repository, reader};
+pub use onto::{Onto, OntoDisk, OntoOptions, OntoReport};
 use target::Target;
 
 /// The format of restored disks.
@@ -163,7 +165,7 @@ impl Repository {
     pub(crate) fn lock_to_read(&self) -> Result<Option<Lock>, Error> {
         match Lock::shared(&self.store) {
             Ok(lock) => Ok(Some(lock)),
-            Err(error) if matches!(error.kind(), ErrorKind::Io | ErrorKind::NoSpace) => {
+            Err(error) if matches!(error.kind(), ErrorKind::Io | ErrorKind::NoSpace | ErrorKind::Denied) => {
                 tracing::info!(%error, "reading the repository without a lock");
                 Ok(None)
             }
@@ -172,20 +174,11 @@ impl Repository {
     }
 
     fn restore_jobs(&self, backup: &BackupInfo, options: &RestoreOptions) -> Result<Vec<Job>, Error> {
-        let damaged = |what| Error::BackupDamaged { backup: backup.id.short(), what };
-        if let Some(unknown) = options.disks.as_ref().and_then(|wanted| {
-            wanted.iter().find(|name| !backup.disks.iter().any(|disk| disk.name == **name))
-        }) {
-            let known: Vec<_> = backup.disks.iter().map(|disk| disk.name.as_str()).collect();
-            return Err(Error::Unsupported {
-                what: format!(
-                    "backup {} has no disk {unknown}; it has: {}",
-                    backup.id.short(),
-                    known.join(", ")
-                ),
-            });
+        let unread = |unread: Unread| unread.of_backup(backup.id);
+        for name in options.disks.iter().flatten() {
+            backup.disk(name)?;
         }
-        let mut files = self.read_tree(&backup.tree).map_err(damaged)?;
+        let mut files = self.read_tree(&backup.tree).map_err(unread)?;
         let wanted =
             |disk: &&BackupDisk| options.disks.as_ref().is_none_or(|names| names.contains(&disk.name));
         let mut jobs = Vec::new();
@@ -196,7 +189,7 @@ impl Repository {
             }
             jobs.push(Job {
                 disk: disk.clone(),
-                list: self.disk_list(&mut files, disk).map_err(damaged)?,
+                list: self.disk_list(&mut files, disk).map_err(unread)?,
                 partial: with_suffix(&path, ".partial"),
                 path,
             });
@@ -262,7 +255,7 @@ impl Repository {
         let work = |(tools, buffer): &mut (reader::Tools, Aligned), stretch: &Stretch| {
             let bytes = &stretch.bytes;
             let raw = buffer.room(index_of(bytes.end - bytes.start));
-            for damage in self.read_stretch(job, stretch, tools, raw) {
+            for damage in self.read_stretch(job, stretch, tools, raw)? {
                 if !options.keep_going {
                     let DamagedRange { disk, offset, len, why } = damage;
                     return Err(Error::ChunkDamaged { backup: backup.id.short(), disk, offset, len, why });
@@ -293,18 +286,19 @@ impl Repository {
         stretch: &Stretch,
         tools: &mut reader::Tools,
         raw: &mut [u8],
-    ) -> Vec<DamagedRange> {
+    ) -> Result<Vec<DamagedRange>, Error> {
         let (mut offset, mut rest) = (stretch.bytes.start, raw);
         let mut damaged = Vec::new();
         for chunk in &job.list[stretch.chunks.clone()] {
             let (place, more) = rest.split_at_mut(index_of(chunk.bytes()));
-            if let Err(why) = self.read_chunk(tools, &chunk.id, place) {
+            if let Err(unread) = self.read_chunk(tools, &chunk.id, place) {
+                let why = unread.damage()?;
                 place.fill(0);
                 damaged.push(DamagedRange { disk: job.disk.name.clone(), offset, len: chunk.bytes(), why });
             }
             (offset, rest) = (offset + chunk.bytes(), more);
         }
-        damaged
+        Ok(damaged)
     }
 }
 

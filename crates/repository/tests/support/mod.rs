@@ -51,6 +51,7 @@ pub fn meta(vm: VmId, number: u64) -> BackupMeta {
         vm_name: "web".parse().unwrap(),
         point: point(number),
         definition: serde_json::json!({"name": "web", "memory_mib": 2048}),
+        policy: None,
     }
 }
 

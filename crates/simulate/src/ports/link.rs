@@ -215,6 +215,7 @@ fn to_store(offer: &Offer) -> replica::Offer {
         paused: offer.paused,
         generation: offer.generation,
         media: None,
+        pins: offer.pins.clone(),
         group: offer.group.clone(),
     }
 }

@@ -39,8 +39,8 @@ impl World {
             // not be removed either: the next start takes it in.
             ResyncReason::ChainBroken(_) => late || lost || self.storage_failed,
             ResyncReason::Requested => causes.asked,
-            // Nobody fails over for good here, or brings images.
-            ResyncReason::Reversed | ResyncReason::Seeded => false,
+            // Nobody fails over for good here, brings images, or restores over disks.
+            ResyncReason::Reversed | ResyncReason::Seeded | ResyncReason::Restored(_) => false,
         };
         if true_reason {
             Ok(())

@@ -31,6 +31,8 @@ pub(super) struct Remembered {
     newest: LogNumber,
     shown: Vec<PointInfo>,
     phase: &'static str,
+    /// How far its initial replication was, in bytes of disk.
+    covered_bytes: u64,
 }
 
 /// The place of a disk in the VM: their names go by it.
@@ -194,6 +196,17 @@ impl World {
         remembered.newest = newest;
         let (before, after) =
             (std::mem::replace(&mut remembered.phase, facts.phase.name()), facts.phase.name());
+        let covered_bytes = match &facts.phase {
+            Phase::InitialReplication { progress } => progress.covered_bytes,
+            _ => u64::MAX,
+        };
+        // Once, and never anew: what has arrived of it has arrived.
+        let covered_before = std::mem::replace(&mut remembered.covered_bytes, covered_bytes);
+        if covered_bytes < covered_before {
+            return wrong(format!(
+                "the initial replication of {name} goes back from {covered_before} bytes to {covered_bytes}"
+            ));
+        }
         if before != after {
             self.coverage
                 .hit(format!("replica {} -> {after}", if before.is_empty() { "none" } else { before }));

@@ -20,6 +20,9 @@ use crate::turns::turn;
 /// A future is given no more turns than this to come to its end: what takes longer hangs.
 const TURNS_MAX: usize = 200_000;
 
+/// The phase that nobody comes back to.
+pub(super) const INITIAL: &str = "initial-replication";
+
 /// Where a VM's monitor is.
 pub(super) fn monitor(vm: &VmName) -> PathBuf {
     PathBuf::from(format!("/run/{vm}.qmp"))
@@ -136,6 +139,7 @@ impl World {
                 bandwidth_bytes_per_s: None,
                 sign_of_life: None,
                 excluded: Vec::new(),
+                relocating: None,
                 resync: ResyncPolicy::Automatic,
             };
             let mut protecting = Box::pin(Relationship::protect(
@@ -250,6 +254,9 @@ impl World {
         if before != phase {
             self.coverage.hit(format!("primary {before} -> {phase}"));
         }
+        if phase == INITIAL && ![INITIAL, "none"].contains(&before) {
+            return wrong(format!("{name} begins its initial replication anew, from {before}"));
+        }
         self.primary.slots[place] = Slot::Idle(Box::new(relationship));
         self.begin_next(place);
         caused
@@ -281,6 +288,7 @@ impl World {
         if self.replica.power.is_down() && self.replica.is_up() {
             self.note(|| "the replica's site has died".into());
             self.coverage.hit("deaths of the replica");
+            self.note_kill();
             self.replica.kill();
         }
     }

@@ -131,6 +131,7 @@ impl World {
     /// Starts the replica's site; what it had not synced is lost as far as that. An error of its disk may prevent
     /// that; then somebody has to try again.
     pub(super) fn boot_replica(&mut self, loss: Loss) -> Checked {
+        self.note_kill();
         self.replica.kill();
         self.replica.disk.settle(loss);
         self.replica.power.boot();
@@ -151,6 +152,17 @@ impl World {
                 self.coverage.hit("starts that failed");
                 self.replica.kill();
                 Ok(())
+            }
+        }
+    }
+
+    /// In which phases it is killed, if it lives.
+    pub(super) fn note_kill(&mut self) {
+        let Some(store) = self.replica.store() else { return };
+        for vm in self.vms.iter().filter_map(|vm| vm.id) {
+            if let Ok(facts) = store.facts(vm) {
+                let cut = if self.line.lock().down { ", with the link cut" } else { "" };
+                self.coverage.hit(format!("the replica killed in {}{cut}", facts.phase.name()));
             }
         }
     }

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use model::bitmaps::{after_durable, after_failure, judge, repair};
-use model::{Consistency, DiskName, LogNumber, ResyncReason, Timestamp, Tracking, VmId, VmName};
+use model::{
+    Consistency, DiskName, LogNumber, ResyncReason, Timestamp, Tracking, TravellingPin, VmId, VmName,
+};
 use nbd::DirtyExtent;
 use primary::ports::{AgentAddress, Ahead, Capture, CaptureRequest, DiskReader, Guest, Which};
 use primary::{Failure, FailureCode, KnownDisk, RecordSink};
@@ -142,6 +144,14 @@ impl Guest for ReplicaGuest {
         self.ask(move |store, vm| store.is_newer_than_mark(vm, since)).await
     }
 
+    async fn has_backlog(&self, since: LogNumber) -> bool {
+        self.ask(move |store, vm| Ok(store.has_backlog(vm, since))).await.unwrap_or(false)
+    }
+
+    async fn pins(&self) -> Vec<TravellingPin> {
+        self.ask(|store, vm| store.travelling_pins(vm)).await.unwrap_or_default()
+    }
+
     async fn pending_bytes(&self, _disks: &[KnownDisk], since: LogNumber) -> Result<u64, Failure> {
         self.ask(move |store, vm| store.bytes_after_mark(vm, since)).await
     }
@@ -155,8 +165,8 @@ impl Guest for ReplicaGuest {
     }
 
     async fn begin_capture(&self, request: CaptureRequest<'_, KnownDisk>) -> Result<Point, Failure> {
-        let CaptureRequest { base, next, .. } = request;
-        let forward = self.ask(move |store, vm| store.forward(vm, base, next)).await?;
+        let CaptureRequest { base, next, in_pass, .. } = request;
+        let forward = self.ask(move |store, vm| store.forward(vm, base, next, in_pass)).await?;
         Ok(Point { forward: Arc::new(forward), name: self.name.clone() })
     }
 

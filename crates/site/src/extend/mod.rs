@@ -15,7 +15,7 @@ mod ports;
 use std::time::Duration;
 
 use model::{InitialStart, ResyncPolicy, VmId, VmName};
-use primary::{Monitor, ProtectRequest, Settings};
+use primary::{Changes, Monitor, ProtectRequest, Settings};
 use serde_json::{Value, json};
 
 use crate::clock::now;
@@ -56,12 +56,24 @@ impl Site {
             bandwidth_bytes_per_s,
             sign_of_life: None,
             excluded: Vec::new(),
+            relocating: None,
             resync: ResyncPolicy::Automatic,
         };
         let request = ProtectRequest { name: name.clone(), settings, initial: InitialStart::Now };
         let status = self.extensions.begin(request, vm, there.generation).await?;
         self.events.note(Event::new("extended", format!("passed on to {to} from here")).vm(&name)).await;
         Ok(json!(VmView::of_primary(&status, now())))
+    }
+
+    /// Changes how a VM is protected from here, or how its replica is passed on.
+    pub(crate) async fn configure(&self, name: &VmName, changes: Changes) -> Result<Value, Failure> {
+        if !self.is_extended(name) {
+            return self.of_primary(self.primary.configure(name, changes).await);
+        }
+        let vm = self.replica(name)?;
+        let there = self.store.run(move |store| store.forwardable(vm)).await?;
+        check_interval(name, changes.interval.map(|interval| interval.as_secs()), &there)?;
+        self.of_primary(self.extensions.configure(name, changes).await)
     }
 
     /// Ends it; the third site keeps what it has.
@@ -115,6 +127,10 @@ fn check_extendable(
         );
         return Err(Failure::transient(Code::Replica, message));
     }
+    check_interval(name, every_s, there)
+}
+
+fn check_interval(name: &VmName, every_s: Option<u64>, there: &replica::Forwardable) -> Result<(), Failure> {
     match every_s {
         Some(every_s) if every_s < there.interval_s => {
             let message = format!(

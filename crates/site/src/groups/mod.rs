@@ -197,6 +197,7 @@ impl Site {
                 repository: repository.to_owned(),
                 no_retry,
                 pause: false,
+                policy: None,
             };
             self.jobs.run(request, reporter.clone())
         });

@@ -283,6 +283,36 @@ impl<A: Attempts> Jobs<A> {
         rows::backed_up(&self.catalog)
     }
 
+    /// Notes a copy. Blocks.
+    pub fn note_backup(&self, made: BackedUp) -> Result<(), Failure> {
+        rows::note_backup(&self.catalog, made, now())
+    }
+
+    /// Whether backups were made in a repository since some were last forgotten there, and none is being made.
+    pub fn is_forgetting_due(&self, repository: &str) -> Result<bool, Failure> {
+        rows::is_forgetting_due(&self.catalog, repository)
+    }
+
+    /// Notes that it was looked for what no rule keeps. Blocks.
+    pub fn note_forgetting(
+        &self,
+        repository: &str,
+        at: Timestamp,
+        has_forgotten: bool,
+    ) -> Result<(), Failure> {
+        rows::note_forgetting(&self.catalog, repository.to_owned(), at, has_forgotten)
+    }
+
+    /// Whether something was forgotten in a repository that was not pruned for so long.
+    pub fn is_pruning_due(&self, repository: &str, every: Duration) -> Result<bool, Failure> {
+        rows::is_pruning_due(&self.catalog, repository, now_minus(every))
+    }
+
+    /// Notes that a repository was pruned. Blocks.
+    pub fn note_pruning(&self, repository: &str, at: Timestamp) -> Result<(), Failure> {
+        rows::note_pruning(&self.catalog, repository.to_owned(), at)
+    }
+
     /// The jobs made from this moment on, oldest first.
     pub fn made_since(&self, since: Timestamp) -> Result<Vec<Job>, Failure> {
         rows::made_since(&self.catalog, since)

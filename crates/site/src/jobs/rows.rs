@@ -46,6 +46,13 @@ const TABLES: &[&str] = &[
         ended_at   INTEGER NOT NULL,
         PRIMARY KEY (vm, repository)
     ) STRICT;
+
+    CREATE TABLE repository_upkeep (
+        repository    TEXT PRIMARY KEY,
+        forgot_at     INTEGER NOT NULL, -- when it was last looked for what no rule keeps
+        pruned_at     INTEGER NOT NULL,
+        has_forgotten INTEGER NOT NULL  -- something, since it was last pruned
+    ) STRICT;
 ",
 ];
 
@@ -179,23 +186,25 @@ pub(super) async fn save(catalog: &Catalog, job: &Job) -> Result<(), catalog::Er
         .change(move |tx| {
             let update = "UPDATE jobs SET state = ?2, attempts = ?3, ended_at = ?4, terms = ?5, deadline = ?6 WHERE id = ?1";
             tx.prepare_cached(update)?.execute(params![id, state, attempts, ended_at, terms, deadline])?;
-            if let Some(made) = backed_up {
-                let newest = "INSERT INTO backed_up VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (vm, repository) DO UPDATE SET
-                    backup = excluded.backup, taken_at = excluded.taken_at, ended_at = excluded.ended_at
-                    WHERE excluded.taken_at >= taken_at";
-                tx.prepare_cached(newest)?.execute(params![
-                    made.vm.as_str(),
-                    made.repository,
-                    made.backup,
-                    made.taken_at.0,
-                    ended_at
-                ])?;
+            match backed_up {
+                Some(made) => put_backup(tx, &made, ended_at),
+                None => Ok(()),
             }
-            Ok(())
         })
         .await;
     durable_step("site::job::saved");
     saved
+}
+
+fn put_backup(tx: &Transaction<'_>, made: &BackedUp, ended_at: Option<i64>) -> rusqlite::Result<()> {
+    let newest =
+        "INSERT INTO backed_up VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (vm, repository) DO UPDATE SET
+        backup = excluded.backup, taken_at = excluded.taken_at, ended_at = excluded.ended_at
+        WHERE excluded.taken_at >= taken_at";
+    let (vm, taken_at) = (made.vm.as_str(), made.taken_at.0);
+    tx.prepare_cached(newest)?
+        .execute(params![vm, made.repository, made.backup, taken_at, ended_at])
+        .map(drop)
 }
 
 /// The backup that a job has made.
@@ -284,5 +293,64 @@ pub(super) async fn select(
     });
     change.await?;
     durable_step("site::policy::selected");
+    Ok(())
+}
+
+/// Notes a backup that no job of its own has made: a copy.
+pub(super) fn note_backup(catalog: &Catalog, made: BackedUp, at: Timestamp) -> Result<(), Failure> {
+    write_down(catalog, move |tx| put_backup(tx, &made, Some(at.0)))
+}
+
+/// Whether there are backups in a repository that were made since backups were last forgotten there, and no policy's job
+/// into it is under way.
+pub(super) fn is_forgetting_due(catalog: &Catalog, repository: &str) -> Result<bool, Failure> {
+    let query = "SELECT EXISTS (SELECT 1 FROM backed_up WHERE repository = ?1 AND ended_at >
+                     coalesce((SELECT forgot_at FROM repository_upkeep WHERE repository = ?1), 0))
+                 AND NOT EXISTS (SELECT 1 FROM jobs WHERE ended_at IS NULL AND policy IS NOT NULL
+                     AND json_extract(request, '$.repository') = ?1)";
+    Ok(catalog.read(|c| c.prepare_cached(query)?.query_row([repository], |row| row.get(0)))?)
+}
+
+/// Whether something was forgotten in a repository since it was last pruned, and that was before this moment.
+pub(super) fn is_pruning_due(
+    catalog: &Catalog,
+    repository: &str,
+    before: Timestamp,
+) -> Result<bool, Failure> {
+    let query = "SELECT EXISTS (SELECT 1 FROM repository_upkeep
+                 WHERE repository = ?1 AND has_forgotten AND pruned_at < ?2)";
+    Ok(catalog
+        .read(|c| c.prepare_cached(query)?.query_row(params![repository, before.0], |row| row.get(0)))?)
+}
+
+pub(super) fn note_forgetting(
+    catalog: &Catalog,
+    repository: String,
+    at: Timestamp,
+    has_forgotten: bool,
+) -> Result<(), Failure> {
+    write_down(catalog, move |tx| {
+        let put =
+            "INSERT INTO repository_upkeep VALUES (?1, ?2, 0, ?3) ON CONFLICT (repository) DO UPDATE SET
+                   forgot_at = excluded.forgot_at, has_forgotten = has_forgotten OR excluded.has_forgotten";
+        tx.prepare_cached(put)?.execute(params![repository, at.0, has_forgotten]).map(drop)
+    })
+}
+
+pub(super) fn note_pruning(catalog: &Catalog, repository: String, at: Timestamp) -> Result<(), Failure> {
+    write_down(catalog, move |tx| {
+        let put = "UPDATE repository_upkeep SET pruned_at = ?2, has_forgotten = 0 WHERE repository = ?1";
+        tx.prepare_cached(put)?.execute(params![repository, at.0]).map(drop)
+    })
+}
+
+/// One change, written before anything follows from it. Blocks.
+fn write_down(
+    catalog: &Catalog,
+    change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send + 'static,
+) -> Result<(), Failure> {
+    durable_step("site::policy::noting");
+    catalog.write(change)?;
+    durable_step("site::policy::noted");
     Ok(())
 }

@@ -76,6 +76,7 @@ fn request(no_retry: bool) -> BackupRequest {
         repository: "local".into(),
         no_retry,
         pause: false,
+        policy: None,
     }
 }
 

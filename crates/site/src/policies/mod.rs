@@ -5,6 +5,7 @@ mod files;
 mod look;
 mod report;
 mod shown;
+mod upkeep;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,15 +1,16 @@
 //! What commands show of policies.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
 use model::{PolicyName, VmName};
 use policy::{Candidate, Policy, Retention, Verdict, plan};
-use repository::BackupInfo;
+use repository::{BackupInfo, Repository};
 use serde_json::{Value, json};
 
 use super::Policies;
-use crate::backup::open_repository;
+use super::upkeep::is_into;
 use crate::clock::{now, rfc3339};
 use crate::commands::Site;
 use crate::failure::{Code, Failure};
@@ -19,10 +20,7 @@ use crate::request::PolicyRequest;
 const SHOWN: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Site {
-    pub(crate) async fn policy(
-        self: &std::sync::Arc<Self>,
-        request: PolicyRequest,
-    ) -> Result<Value, Failure> {
+    pub(crate) async fn policy(self: &Arc<Self>, request: PolicyRequest) -> Result<Value, Failure> {
         match request {
             PolicyRequest::List => self.policies_shown(),
             PolicyRequest::Show { policy } => self.policy_shown(&policy),
@@ -76,12 +74,16 @@ impl Site {
         Ok(shown)
     }
 
+    /// An open repository. Blocks.
+    pub(super) fn repository(&self, name: &str) -> Result<Arc<Repository>, Failure> {
+        self.repositories.get(name, &self.config.repository(&self.dir, name)?)
+    }
+
     /// What the retention of a policy, and of those that share its repository, would keep and forget. Blocks.
     fn retention_shown(&self, name: &PolicyName, only: Option<&VmName>) -> Result<Value, Failure> {
         let policies = self.policies.look()?;
         let policy = policies.named(name)?;
-        let repository = open_repository(&self.dir, &self.config, &policy.repository)?;
-        let backups = repository.backups(None)?;
+        let backups = self.repository(&policy.repository)?.backups(None)?;
         let mut shown = Vec::new();
         for vm in self.jobs.selected(name)?.into_iter().map(|selected| selected.vm) {
             if only.is_some_and(|only| *only != vm) {
@@ -103,13 +105,13 @@ pub(super) fn verdicts(
 ) -> Vec<Verdict<BackupInfo>> {
     let rules: Vec<(Retention, TimeZone)> = policies
         .of(vm)
-        .filter(|(_, policy)| policy.repository == repository)
+        .filter(|(_, policy)| is_into(policy, repository))
         .map(|(_, policy)| (policy.retention, policy.schedule.zone().clone()))
         .collect();
     let candidates = backups.iter().filter(|backup| backup.vm_name == *vm).map(|backup| Candidate {
         id: backup.clone(),
         taken_at: backup.point.taken_at,
-        named: false,
+        by_hand: backup.policy.is_none(),
     });
     plan(candidates.collect(), &rules, now())
 }

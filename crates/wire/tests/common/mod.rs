@@ -117,6 +117,7 @@ pub fn offer(vm: VmId) -> Offer {
         paused: false,
         generation: 1,
         media: None,
+        pins: Vec::new(),
         group: None,
     }
 }
