@@ -78,13 +78,18 @@ impl LockJson {
         if now.since(Timestamp(self.time.as_microsecond())) > STALE {
             return true;
         }
-        if self.afterimage.as_ref() == Some(&Owner::ours()) {
+        if self.is_ours() {
             return !held().contains(id);
         }
         match &self.afterimage {
             Some(owner) => owner.is_dead(self.pid),
             None => self.hostname == hostname() && !is_alive(self.pid),
         }
+    }
+
+    /// Whether this process wrote it. Others are started within the same tick of the clock: the number must be ours, too.
+    fn is_ours(&self) -> bool {
+        self.pid == std::process::id().cast_signed() && self.afterimage.as_ref() == Some(&Owner::ours())
     }
 
     fn holder(&self) -> String {
@@ -269,6 +274,8 @@ mod tests {
         held().insert(id);
         assert!(!ours.is_stale(&id, now));
         held().remove(&id);
+        let twin = LockJson { pid: ours.pid + 1, ..ours.clone() };
+        assert!(ours.is_ours() && !twin.is_ours(), "two that were started in the same tick");
         let restics = LockJson { afterimage: None, pid: 1, ..ours.clone() };
         assert!(!restics.is_stale(&id, now));
         assert!(LockJson { pid: i32::MAX - 1, ..restics.clone() }.is_stale(&id, now));

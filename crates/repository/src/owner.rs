@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::Id;
 
-/// A process on a machine, once and never again.
+/// With its number: a process on a machine, once and never again. Two that are started together have the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Owner {
     machine: String,
