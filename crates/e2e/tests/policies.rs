@@ -331,3 +331,19 @@ fn what_no_rule_keeps_is_forgotten_and_every_backup_is_copied() {
         .unwrap();
     }
 }
+
+/// Nothing arrives while it reads, so nothing is folded in: the flat files are quiet at the first try, and newer than retention
+/// alone would have made them. What waited at the VM's site comes afterwards.
+#[test]
+fn a_backup_that_pauses_replication_meets_no_apply_and_lets_it_go_on() {
+    let world = World::replicated(95);
+    for seed in 1..=3 {
+        world.burst(96, seed);
+        let backup = world.backup(&["--view", "hold", "--pause", "--no-retry"]);
+        assert_eq!(backup.status, 0, "{backup:?}");
+        world.state(&world.restore(text(&backup.json["backup"])));
+        let before = world.head.vm(VM).unwrap()["received"].as_u64();
+        world.head.wait_vm(VM, "more logs", LONG, |vm| vm["received"].as_u64() > before).unwrap();
+        assert_ne!(world.head.vm(VM).unwrap()["health"], "critical");
+    }
+}
