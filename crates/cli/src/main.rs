@@ -314,7 +314,6 @@ fn backed_up(backup: &args::Backup) -> Result<Request, Failure> {
             repository,
             no_retry: backup.no_retry,
             pause: backup.pause,
-            policy: None,
         }),
     })
 }

@@ -256,7 +256,6 @@ fn texts(put: Put<'_>) -> io::Result<()> {
         repository: "local".into(),
         no_retry: true,
         pause: false,
-        policy: None,
     };
     let exported = Exported::Point { vm: vm.clone(), point: None };
     let requests = [

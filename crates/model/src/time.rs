@@ -18,6 +18,13 @@ impl Timestamp {
         Self(self.0.saturating_add(micros))
     }
 
+    /// The moment `earlier` before this one; saturates at the beginning of time.
+    #[must_use]
+    pub fn minus(self, earlier: Duration) -> Self {
+        let micros = i64::try_from(earlier.as_micros()).unwrap_or(i64::MAX);
+        Self(self.0.saturating_sub(micros))
+    }
+
     /// How long after `earlier` this moment is; zero if a clock jumped back between the two.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
@@ -57,6 +64,7 @@ mod tests {
         assert_eq!(Timestamp(5).since(Timestamp(9)), Duration::ZERO);
         assert_eq!(Timestamp(i64::MIN).since(Timestamp(i64::MAX)), Duration::ZERO);
         assert_eq!(Timestamp(i64::MAX).plus(Duration::MAX), Timestamp(i64::MAX));
+        assert_eq!(Timestamp(-5).minus(Duration::MAX), Timestamp(i64::MIN));
     }
 
     #[test]

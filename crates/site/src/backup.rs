@@ -1,7 +1,6 @@
 //! One attempt at a backup: through the gate, to a view or a hold, into the repository.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -47,7 +46,6 @@ const CHOICES: u32 = 5;
 /// Makes backups of this site's replicas.
 #[derive(Clone)]
 pub(crate) struct Backups {
-    dir: PathBuf,
     config: Arc<Config>,
     store: Store,
     events: Events,
@@ -74,16 +72,16 @@ impl From<replica::Error> for NoBackup {
 impl Attempts for Backups {
     async fn attempt(
         &self,
-        request: &BackupRequest,
+        job: &Job,
         barrier: bool,
         reporter: Option<&Reporter>,
         stop: &CancellationToken,
     ) -> Result<Value, NoBackup> {
         let cancel = Arc::new(AtomicBool::new(false));
         let mut working = tokio::task::spawn_blocking({
-            let (backups, request, reporter, cancel) =
-                (self.clone(), request.clone(), reporter.cloned(), cancel.clone());
-            move || backups.make(&request, barrier, reporter.as_ref(), &cancel)
+            let (backups, job, reporter, cancel) =
+                (self.clone(), job.clone(), reporter.cloned(), cancel.clone());
+            move || backups.make(&job, barrier, reporter.as_ref(), &cancel)
         });
         let outcome = tokio::select! {
             outcome = &mut working => outcome,
@@ -133,7 +131,6 @@ impl Attempts for Backups {
 
 impl Backups {
     pub fn new(
-        dir: PathBuf,
         config: Arc<Config>,
         store: Store,
         events: Events,
@@ -141,16 +138,17 @@ impl Backups {
         policies: Arc<Known>,
         catalog: Catalog,
     ) -> Self {
-        Self { dir, config, store, events, repositories, policies, catalog }
+        Self { config, store, events, repositories, policies, catalog }
     }
 
     fn make(
         &self,
-        request: &BackupRequest,
+        job: &Job,
         barrier: bool,
         reporter: Option<&Reporter>,
         cancel: &AtomicBool,
     ) -> Result<Value, NoBackup> {
+        let request = &job.request;
         let vm = replica_named(&self.store, &request.vm)?;
         let _paused = if request.pause { Some(self.store.pause(vm)?) } else { None };
         if request.pause && request.view == Access::Hold {
@@ -160,14 +158,18 @@ impl Backups {
         let (point, mut opened) = self.open(request, vm)?;
         // From here on the pin or the hold keeps applies away.
         drop(barrier);
-        let settings = self.config.repository(&self.dir, &request.repository)?;
-        let repository = self.repositories.get(&request.repository, &settings)?;
+        let repository = self.repositories.get(&request.repository)?;
         let of_repository = |error: repository::Error| named(&request.repository, error.into());
         let backups = repository.backups(Some(vm)).map_err(of_repository)?;
         let parent = opened.choose_parent(backups)?;
         let definition = self.store.definition(vm)?;
-        let meta =
-            BackupMeta { vm, vm_name: request.vm.clone(), point, definition, policy: request.policy.clone() };
+        let meta = BackupMeta {
+            vm,
+            vm_name: request.vm.clone(),
+            point,
+            definition,
+            policy: job.terms.policy.clone(),
+        };
         let shown = |progress: repository::Progress| {
             if let Some(reporter) = reporter {
                 let what = format!("backing up {}", request.vm);

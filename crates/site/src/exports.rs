@@ -8,39 +8,35 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use model::gate::Access;
 use model::{DiskName, VmId};
 use nbd::{CowDisk, Disk, Server, StatusExtent};
 use replica::{ConsistentView, DiskSize, FailoverView, Store};
-use repository::{BackupReader, Repository};
+use repository::BackupReader;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::backup::replica_named;
-use crate::config::Config;
 use crate::failure::{Code, Failure};
 use crate::points::point_or_newest;
 use crate::random;
-use crate::repositories::open_repository;
+use crate::repositories::OpenRepositories;
 use crate::request::{Export, Exported};
 
 /// The exports of a site.
 pub(crate) struct Exports {
-    dir: PathBuf,
-    config: Arc<Config>,
     store: Store,
+    repositories: Arc<OpenRepositories>,
     server: Server,
     socket: PathBuf,
     open: Mutex<BTreeMap<String, Vec<String>>>,
-    /// Those that an export reads from: to try a password is slow on purpose, and an index is worth sharing.
-    repositories: Mutex<BTreeMap<String, Weak<Repository>>>,
 }
 
 impl Exports {
     /// Makes the socket in `run_dir`, and removes what exports of a run before this one had written.
-    pub fn open(dir: PathBuf, run_dir: &Path, config: Arc<Config>, store: Store) -> Result<Self, Failure> {
+    pub fn open(run_dir: &Path, store: Store, repositories: Arc<OpenRepositories>) -> Result<Self, Failure> {
         let layers = run_dir.join("layers");
         if let Err(error) = fs::remove_dir_all(&layers)
             && error.kind() != io::ErrorKind::NotFound
@@ -49,8 +45,7 @@ impl Exports {
         }
         let socket = run_dir.join("nbd.sock");
         let server = Server::bind(&socket).map_err(|error| Failure::new(Code::Io, error.to_string()))?;
-        let (open, repositories) = (Mutex::default(), Mutex::default());
-        Ok(Self { dir, config, store, server, socket, open, repositories })
+        Ok(Self { store, repositories, server, socket, open: Mutex::default() })
     }
 
     /// Serves until `stop`.
@@ -139,7 +134,7 @@ impl Exports {
                 (view.definition().unwrap_or_default(), point.id.to_string(), disks_of_view(view))
             }
             Exported::Backup { backup, repository } => {
-                let repository = self.repository(repository)?;
+                let repository = self.repositories.get(repository)?;
                 let backup = repository.find(backup)?;
                 // Damaged or not, it keeps nobody from the disks.
                 let definition = repository.definition(&backup).unwrap_or_default();
@@ -163,17 +158,6 @@ impl Exports {
             disks: shown,
             socket: self.socket.clone(),
         })
-    }
-
-    /// A repository of the site, the same for all exports that read from it. Blocks.
-    pub fn repository(&self, name: &str) -> Result<Arc<Repository>, Failure> {
-        let mut open = self.repositories.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = open.get(name).and_then(Weak::upgrade) {
-            return Ok(known);
-        }
-        let opened = Arc::new(open_repository(&self.dir, &self.config, name)?);
-        open.insert(name.to_owned(), Arc::downgrade(&opened));
-        Ok(opened)
     }
 
     /// Shows the disks of a backup under names that stay the same, until [`Self::hide_backup`]; it does not matter

@@ -174,10 +174,13 @@ pub fn named(name: &str, failure: Failure) -> Failure {
     Failure { message: format!("repository {name}: {}", failure.message), ..failure }
 }
 
-/// Repositories that stay open from one backup to the next: to try a password is slow on purpose, and the
+/// Repositories that stay open from one use to the next, the same for all who use one at a time: to try a password is slow on purpose, and the
 /// index of a large repository is worth keeping.
-#[derive(Default)]
-pub(crate) struct OpenRepositories(Mutex<Vec<Slot>>);
+pub(crate) struct OpenRepositories {
+    dir: PathBuf,
+    config: Arc<Config>,
+    slots: Mutex<Vec<Slot>>,
+}
 
 /// The place of one repository, by its name. The one used last comes last.
 #[derive(Clone)]
@@ -199,10 +202,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl OpenRepositories {
+    pub fn new(dir: PathBuf, config: Arc<Config>) -> Self {
+        Self { dir, config, slots: Mutex::default() }
+    }
+
     /// The open one, if its place and password are still what they were and it is still there; else it is opened.
     /// Several that want one at the same time get the same; a server that does not answer keeps nobody waiting who
-    /// wants another.
-    pub(crate) fn get(&self, name: &str, settings: &RepositorySettings) -> Result<Arc<Repository>, Failure> {
+    /// wants another. Blocks.
+    pub(crate) fn get(&self, name: &str) -> Result<Arc<Repository>, Failure> {
+        let settings = self.config.repository(&self.dir, name)?;
         let (location, password) = (settings.location()?, settings.password()?);
         let slot = self.slot(name);
         let repository = {
@@ -225,11 +233,11 @@ impl OpenRepositories {
 
     /// After an error nothing that was kept in memory is trusted.
     pub(crate) fn forget(&self, name: &str) {
-        locked(&self.0).retain(|slot| slot.name != name);
+        locked(&self.slots).retain(|slot| slot.name != name);
     }
 
     fn slot(&self, name: &str) -> Slot {
-        let mut slots = locked(&self.0);
+        let mut slots = locked(&self.slots);
         let place = slots.iter().position(|slot| slot.name == name);
         let slot = place.map(|place| slots.remove(place));
         let slot = slot.unwrap_or_else(|| Slot { name: name.to_owned(), open: Arc::default() });
@@ -240,7 +248,7 @@ impl OpenRepositories {
     /// Closes those that have not been used for the longest time.
     fn make_room(&self) {
         let mut bytes = 0;
-        locked(&self.0).iter().rev().skip(1).for_each(|slot| {
+        locked(&self.slots).iter().rev().skip(1).for_each(|slot| {
             // One that is just being opened will be used.
             let Ok(mut open) = slot.open.try_lock() else { return };
             bytes += open.as_ref().map_or(0, |open| open.repository.memory_bytes());

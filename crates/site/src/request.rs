@@ -594,9 +594,6 @@ pub struct BackupRequest {
     /// Replication is paused while an attempt runs.
     #[serde(default)]
     pub pause: bool,
-    /// The policy that wants it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub policy: Option<PolicyName>,
 }
 
 /// What to show over NBD.

@@ -119,9 +119,8 @@ async fn open(
     )?;
     let config = Arc::new(config);
     let policies = Arc::new(Known::new(dir.to_owned(), config.clone()));
-    let repositories = Arc::new(OpenRepositories::default());
+    let repositories = Arc::new(OpenRepositories::new(dir.to_owned(), config.clone()));
     let backups = Backups::new(
-        dir.to_owned(),
         config.clone(),
         store.clone(),
         events.clone(),
@@ -137,7 +136,7 @@ async fn open(
     };
     let checked = catalog.clone();
     let jobs = Jobs::open(catalog, settings, stop.clone(), Arc::new(backups))?;
-    let exports = Exports::open(dir.to_owned(), &folder(dir, "run")?, config.clone(), store.clone())?;
+    let exports = Exports::open(&folder(dir, "run")?, store.clone(), repositories.clone())?;
     let exports = Arc::new(exports);
     let shown = exports.clone();
     store.ask_who_reads_below(move |vm| shown.is_failover_read(vm));

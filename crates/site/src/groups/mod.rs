@@ -197,7 +197,6 @@ impl Site {
                 repository: repository.to_owned(),
                 no_retry,
                 pause: false,
-                policy: None,
             };
             self.jobs.run(request, reporter.clone())
         });

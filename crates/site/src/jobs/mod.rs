@@ -153,7 +153,7 @@ pub(crate) trait Attempts: Send + Sync + 'static {
     /// One attempt; with `barrier`, applies are held off for it. The report lacks the refused attempts.
     fn attempt(
         &self,
-        request: &BackupRequest,
+        job: &Job,
         barrier: bool,
         reporter: Option<&Reporter>,
         stop: &CancellationToken,
@@ -232,7 +232,7 @@ impl<A: Attempts> Jobs<A> {
     pub async fn run(self: &Arc<Self>, request: BackupRequest, reporter: Reporter) -> Result<Value, Failure> {
         let now = now();
         let mut job = Job::new(request, Terms::default(), now, now.plus(self.settings.window));
-        job.id = rows::add(&self.catalog, &job, now_minus(self.settings.history)).await?;
+        job.id = rows::add(&self.catalog, &job, now.minus(self.settings.history)).await?;
         let mut changes = self.spawn(job, Some(reporter));
         loop {
             if let Some(outcome) = changes.borrow_and_update().outcome() {
@@ -249,7 +249,7 @@ impl<A: Attempts> Jobs<A> {
     /// Makes the jobs of a policy, all of them or none, and notes of each VM what it was backed up for. Of a VM of which
     /// the policy has a job already that is not at its end, none is made. Gives the jobs' numbers.
     pub async fn plan(self: &Arc<Self>, planned: Vec<Job>) -> Result<Vec<i64>, Failure> {
-        let jobs = rows::plan(&self.catalog, planned, now_minus(self.settings.history)).await?;
+        let jobs = rows::plan(&self.catalog, planned, now().minus(self.settings.history)).await?;
         let ids = jobs.iter().map(|job| job.id).collect();
         for job in jobs {
             self.spawn(job, None);
@@ -305,7 +305,7 @@ impl<A: Attempts> Jobs<A> {
 
     /// Whether something was forgotten in a repository that was not pruned for so long.
     pub fn is_pruning_due(&self, repository: &str, every: Duration) -> Result<bool, Failure> {
-        rows::is_pruning_due(&self.catalog, repository, now_minus(every))
+        rows::is_pruning_due(&self.catalog, repository, now().minus(every))
     }
 
     /// Notes that a repository was pruned. Blocks.
@@ -355,7 +355,7 @@ impl<A: Attempts> Jobs<A> {
             if !matches!(job.state, State::Running { .. }) {
                 continue;
             }
-            let outcome = self.attempts.attempt(&job.request, barrier, reporter, &self.stop).await;
+            let outcome = self.attempts.attempt(&job, barrier, reporter, &self.stop).await;
             if self.stop.is_cancelled() && outcome.is_err() {
                 return; // the catalog says "running": the next start goes on
             }
@@ -470,10 +470,6 @@ impl Job {
             matches!(failure.code, Code::Io | Code::Repository | Code::Replica | Code::NoSuchPoint);
         failure.transient || (self.terms.policy.is_some() && may_pass)
     }
-}
-
-fn now_minus(age: Duration) -> Timestamp {
-    Timestamp(now().0.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX)))
 }
 
 /// Uniform in 0..1. Without randomness the middle will do: jitter is a courtesy, not a safeguard.

@@ -24,7 +24,7 @@ impl Gate {
 impl Attempts for Gate {
     async fn attempt(
         &self,
-        request: &BackupRequest,
+        job: &Job,
         barrier: bool,
         _: Option<&Reporter>,
         _: &CancellationToken,
@@ -33,7 +33,7 @@ impl Attempts for Gate {
         let left = self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         match (left, &self.by) {
             (Err(_), _) => {
-                Ok(json!({ "backup": "abc", "vm": request.vm, "taken_at": "2026-11-28T20:00:00.000Z" }))
+                Ok(json!({ "backup": "abc", "vm": job.request.vm, "taken_at": "2026-11-28T20:00:00.000Z" }))
             }
             (Ok(_), Setback::Gate(condition)) => Err(NoBackup::Refused(Refusal {
                 condition: *condition,
@@ -76,7 +76,6 @@ fn request(no_retry: bool) -> BackupRequest {
         repository: "local".into(),
         no_retry,
         pause: false,
-        policy: None,
     }
 }
 

@@ -148,7 +148,6 @@ fn job(name: &PolicyName, policy: &Policy, retry: &RetryPolicy, vm: VmName, wind
         repository: policy.repository.clone(),
         no_retry: false,
         pause: policy.pause,
-        policy: Some(name.clone()),
     };
     let terms = Terms {
         policy: Some(name.clone()),

@@ -164,8 +164,7 @@ impl Site {
     /// What is known of the jobs of this time, and of the newest backups.
     pub(super) fn facts(&self, past: Duration) -> Result<Facts, Failure> {
         let now = now();
-        let since = Timestamp(now.0.saturating_sub(i64::try_from(past.as_micros()).unwrap_or(i64::MAX)));
-        Ok(Facts::new(self.jobs.made_since(since)?, self.jobs.backed_up()?, now))
+        Ok(Facts::new(self.jobs.made_since(now.minus(past))?, self.jobs.backed_up()?, now))
     }
 
     /// The peers that the replicas here come from, by the VM's name.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::tz::TimeZone;
 use model::{PolicyName, VmName};
 use policy::{Candidate, Policy, Retention, Verdict, plan};
-use repository::{BackupInfo, Repository};
+use repository::BackupInfo;
 use serde_json::{Value, json};
 
 use super::Policies;
@@ -74,16 +74,11 @@ impl Site {
         Ok(shown)
     }
 
-    /// An open repository. Blocks.
-    pub(super) fn repository(&self, name: &str) -> Result<Arc<Repository>, Failure> {
-        self.repositories.get(name, &self.config.repository(&self.dir, name)?)
-    }
-
     /// What the retention of a policy, and of those that share its repository, would keep and forget. Blocks.
     fn retention_shown(&self, name: &PolicyName, only: Option<&VmName>) -> Result<Value, Failure> {
         let policies = self.policies.look()?;
         let policy = policies.named(name)?;
-        let backups = self.repository(&policy.repository)?.backups(None)?;
+        let backups = self.repositories.get(&policy.repository)?.backups(None)?;
         let mut shown = Vec::new();
         for vm in self.jobs.selected(name)?.into_iter().map(|selected| selected.vm) {
             if only.is_some_and(|only| *only != vm) {

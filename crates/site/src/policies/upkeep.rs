@@ -135,7 +135,7 @@ impl Site {
         if behind.is_empty() {
             return Ok(None);
         }
-        let (source, target) = (self.repository(from)?, self.repository(to)?);
+        let (source, target) = (self.repositories.get(from)?, self.repositories.get(to)?);
         let mut backups = source.backups(None)?;
         backups.retain(|backup| behind.contains(backup.id.to_string().as_str()));
         let report = source.copy(&backups, &target, &|_| {}, cancel)?;
@@ -161,7 +161,7 @@ impl Site {
             return Ok(None);
         }
         let looked_at = now();
-        let opened = self.repository(repository)?;
+        let opened = self.repositories.get(repository)?;
         let backups = opened.backups(None)?;
         let vms: BTreeSet<&VmName> = backups.iter().map(|backup| &backup.vm_name).collect();
         let in_use = self.backups_in_use(repository)?;
@@ -181,7 +181,7 @@ impl Site {
         if every.is_zero() || !self.jobs.is_pruning_due(repository, every)? {
             return Ok(None);
         }
-        match self.repository(repository)?.prune(&PruneOptions::default(), cancel) {
+        match self.repositories.get(repository)?.prune(&PruneOptions::default(), cancel) {
             // Somebody uses it; there is no hurry.
             Err(error) if matches!(error.kind(), ErrorKind::Locked | ErrorKind::Cancelled) => Ok(None),
             Err(error) => Err(error.into()),

@@ -166,9 +166,9 @@ impl Site {
         repository: String,
         connected: bool,
     ) -> Result<Recovery, Failure> {
-        let (exports, name, wanted) = (self.exports.clone(), vm.clone(), backup);
+        let (site, name, wanted) = (self.clone(), vm.clone(), backup);
         let opened = tokio::task::spawn_blocking(move || {
-            let opened = exports.repository(&repository)?;
+            let (exports, opened) = (&site.exports, site.repositories.get(&repository)?);
             let backup = find_backup(&opened, &name, &wanted)?;
             // Damaged or not, it keeps nobody from the disks.
             let definition = opened.definition(&backup).unwrap_or_default();
@@ -221,9 +221,9 @@ impl Site {
 
     /// Shows the backup below a recovered VM's layers.
     async fn show_recovery(self: &Arc<Self>, recovery: &Recovery) -> Result<(), Failure> {
-        let (exports, recovery) = (self.exports.clone(), recovery.clone());
+        let (site, recovery) = (self.clone(), recovery.clone());
         let shown = tokio::task::spawn_blocking(move || {
-            let opened = exports.repository(&recovery.repository)?;
+            let (exports, opened) = (&site.exports, site.repositories.get(&recovery.repository)?);
             let backup = opened.find(&recovery.backup)?;
             exports.show_backup(&recovery.export(), opened.reader(&backup)?).map(drop)
         });
