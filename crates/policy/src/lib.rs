@@ -31,7 +31,7 @@ pub use blackout::Blackout;
 pub use due::{Due, Window, due};
 pub use error::PolicyError;
 pub use places::{Limits, Place, pick};
-pub use policy::{ConsistencyWanted, Policy, RetryChanges, View};
+pub use policy::{Policy, RetryChanges};
 pub use promise::{Standing, standing, time_left};
 pub use retention::{Candidate, Reason, Retention, Verdict, plan};
 pub use schedule::Schedule;

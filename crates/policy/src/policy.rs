@@ -44,26 +44,13 @@ pub struct Policy {
 /// How consistent the point must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ConsistencyWanted {
+enum ConsistencyWanted {
     /// Only an application-consistent one will do.
     Application,
     /// An application-consistent one if it is young enough, else the newest.
     PreferApplication,
     /// The newest.
     Crash,
-}
-
-/// What is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum View {
-    /// A pinned view; never collides with applies.
-    #[default]
-    Pinned,
-    /// The same, refused while logs are applied.
-    Strict,
-    /// The flat files.
-    Hold,
 }
 
 /// What a policy changes of the site's own way to try again.
@@ -120,8 +107,7 @@ struct Written {
     consistency: Option<ConsistencyWanted>,
     #[serde(default, deserialize_with = "optional_duration")]
     application_max_age: Option<Duration>,
-    #[serde(default)]
-    view: View,
+    view: Option<Access>,
     #[serde(default)]
     pause: bool,
     repository: String,
@@ -150,11 +136,7 @@ impl Policy {
         Ok(Self {
             schedule: Schedule::new(&written.schedule, zone, written.window, blackouts)?,
             consistency: written.wanted(),
-            view: match written.view {
-                View::Pinned => Access::Pinned,
-                View::Strict => Access::Strict,
-                View::Hold => Access::Hold,
-            },
+            view: written.view.unwrap_or(Access::Pinned),
             pause: written.pause,
             selection: Selection { vms: written.vms, tags: written.tags, except: written.except },
             repository: written.repository,

@@ -1,6 +1,5 @@
 //! Which backups are kept, and by which rule. A plan deletes nothing: it can be shown before it is carried out.
 
-use std::fmt;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
@@ -76,23 +75,6 @@ pub enum Reason {
     Yearly,
     /// A policy says nothing of how long its backups are kept.
     NoRule,
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Newest => "newest",
-            Self::ByHand => "by-hand",
-            Self::Within => "within",
-            Self::Last => "last",
-            Self::Hourly => "hourly",
-            Self::Daily => "daily",
-            Self::Weekly => "weekly",
-            Self::Monthly => "monthly",
-            Self::Yearly => "yearly",
-            Self::NoRule => "no-rule",
-        })
-    }
 }
 
 /// What becomes of a backup.
