@@ -530,15 +530,7 @@ pub enum Failover {
         show: bool,
     },
     /// Shut down a VM that 'failover start' has started.
-    Stop {
-        vm: VmName,
-        /// How long the guest may take.
-        #[arg(long, value_parser = humantime::parse_duration, default_value = "5m", value_name = "TIME")]
-        within: Duration,
-        /// Do not ask the guest: pull the plug.
-        #[arg(long)]
-        kill: bool,
-    },
+    Stop(Stop),
     /// At the site where the VM runs: give it, switched off, to its replica's site. Nothing is lost.
     Planned {
         #[command(flatten)]
@@ -632,6 +624,25 @@ pub struct FilesOf {
     pub repository: RepositoryArgument,
 }
 
+/// How a VM that runs here is shut down.
+#[derive(Debug, Args)]
+pub struct Stop {
+    pub vm: VmName,
+    /// How long the guest may take.
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "5m", value_name = "TIME")]
+    within: Duration,
+    /// Do not ask the guest: pull the plug.
+    #[arg(long)]
+    kill: bool,
+}
+
+impl Stop {
+    /// How long the guest may take, in seconds; it is not asked without it.
+    pub fn within_s(&self) -> Option<u64> {
+        (!self.kill).then(|| self.within.as_secs().max(1))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Recover {
     /// Start a VM from a backup at once, whatever its size; or again one that was recovered before.
@@ -657,15 +668,7 @@ pub enum Recover {
         to: PathBuf,
     },
     /// Shut it down.
-    Stop {
-        vm: VmName,
-        /// How long the guest may take.
-        #[arg(long, value_parser = humantime::parse_duration, default_value = "5m", value_name = "TIME")]
-        within: Duration,
-        /// Do not ask the guest: pull the plug.
-        #[arg(long)]
-        kill: bool,
-    },
+    Stop(Stop),
     /// End it and drop what it has written; of one that was moved, only forget it.
     Drop { vm: VmName },
     /// Those there are.

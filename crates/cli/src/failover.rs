@@ -35,9 +35,7 @@ pub fn request(failover: &Failover) -> Result<FailoverRequest, Failure> {
             }
         }
         Failover::Start { vm, show } => FailoverRequest::Start { vm: vm.clone(), only_show: *show },
-        Failover::Stop { vm, within, kill } => {
-            FailoverRequest::Stop { vm: vm.clone(), within_s: (!kill).then(|| within.as_secs().max(1)) }
-        }
+        Failover::Stop(stop) => FailoverRequest::Stop { vm: stop.vm.clone(), within_s: stop.within_s() },
         Failover::Unplanned { target, point, starts } => {
             let point = point.clone();
             match groups::target(target)? {

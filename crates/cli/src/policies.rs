@@ -164,21 +164,21 @@ fn policy(answer: &Value) -> String {
     shown
 }
 
+/// Name, policy, promise, age, when the next one is there, jobs with a backup, those at the first try.
+fn columns(vm: &Value) -> [String; 7] {
+    [
+        text(&vm["vm"]).to_owned(),
+        text(&vm["policy"]).to_owned(),
+        standing(vm).to_owned(),
+        vm["age_s"].as_u64().map_or_else(|| "-".into(), age),
+        moment(&vm["expected_by"]),
+        format!("{}/{}", number(&vm["done"]), number(&vm["ended"])),
+        number(&vm["first_try"]),
+    ]
+}
+
 fn of_vms(vms: &[Value]) -> String {
-    let rows: Vec<_> = vms
-        .iter()
-        .map(|vm| {
-            vec![
-                text(&vm["vm"]).to_owned(),
-                text(&vm["policy"]).to_owned(),
-                standing(vm).to_owned(),
-                vm["age_s"].as_u64().map_or_else(|| "-".into(), age),
-                moment(&vm["expected_by"]),
-                format!("{}/{}", number(&vm["done"]), number(&vm["ended"])),
-                number(&vm["first_try"]),
-            ]
-        })
-        .collect();
+    let rows: Vec<_> = vms.iter().map(|vm| columns(vm).to_vec()).collect();
     let mut shown = table(&["VM", "POLICY", "PROMISE", "AGE", "NEXT BY", "DONE", "FIRST TRY"], &rows);
     for vm in vms.iter().filter(|vm| vm["why"].is_string()) {
         let _ = write!(shown, "\n{}: {}", text(&vm["vm"]), text(&vm["why"]));
@@ -302,18 +302,11 @@ pub fn html(answer: &Value) -> String {
     let rows: String = list(&answer["vms"])
         .iter()
         .map(|vm| {
-            let cells = [
-                text(&vm["vm"]).to_owned(),
-                text(&vm["peer"]).to_owned(),
-                text(&vm["policy"]).to_owned(),
-                standing(vm).to_owned(),
-                vm["age_s"].as_u64().map_or_else(|| "-".into(), age),
-                moment(&vm["expected_by"]),
-                format!("{}/{}", number(&vm["done"]), number(&vm["ended"])),
-                number(&vm["first_try"]),
-                vm["why"].as_str().unwrap_or_default().to_owned(),
-            ];
-            let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escaped(cell))).collect();
+            let [name, rest @ ..] = columns(vm);
+            let (peer, why) =
+                (text(&vm["peer"]).to_owned(), vm["why"].as_str().unwrap_or_default().to_owned());
+            let cells = [name, peer].into_iter().chain(rest).chain([why]);
+            let cells: String = cells.map(|cell| format!("<td>{}</td>", escaped(&cell))).collect();
             format!("<tr class=\"{}\">{cells}</tr>\n", escaped(standing(vm)))
         })
         .collect();

@@ -19,9 +19,7 @@ pub fn request(recover: &Recover) -> Result<RecoverRequest, Failure> {
             only_show: *show,
         }),
         Recover::Move { vm, to } => RecoverRequest::Move { vm: vm.clone(), to: absolute(to)? },
-        Recover::Stop { vm, within, kill } => {
-            RecoverRequest::Stop { vm: vm.clone(), within_s: (!kill).then(|| within.as_secs().max(1)) }
-        }
+        Recover::Stop(stop) => RecoverRequest::Stop { vm: stop.vm.clone(), within_s: stop.within_s() },
         Recover::Drop { vm } => RecoverRequest::Drop { vm: vm.clone() },
         Recover::List => RecoverRequest::List,
     })
