@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{DISKS, LONG, MIB, VM, World, path};
+use common::{DISKS, LONG, MIB, VM, World, far_site, path};
 use rig::{Line, Site, StorageDaemon, state_of_exports, state_of_files, tool, wait_for};
 use serde_json::Value;
 
@@ -27,17 +27,7 @@ impl Three {
     /// A VM is replicated to `head`, every so often; nothing is passed on yet.
     fn new(seed: u64, every: &str, points: &str) -> Self {
         let mut world = World::new(seed);
-        let mut far = Site::init(world.dir.path(), "far").unwrap();
-        let line = Line::to(far.address()).unwrap();
-        let advertise = format!("\nadvertise = \"{}\"\n# What peers are told", line.address());
-        far.configure(&[
-            ("\n# What peers are told", &advertise),
-            ("interval-min-s = 5", "interval-min-s = 1"),
-            ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
-            ("delay-max-s = 900", "delay-max-s = 2"),
-        ])
-        .unwrap();
-        far.serve().unwrap();
+        let (far, line) = far_site(world.dir.path(), &[("delay-max-s = 900", "delay-max-s = 2")]);
         far.invite(&world.head).unwrap();
         world.write(1, PAUSE);
         world.protect(every, &["--points", points]);

@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 use std::time::Duration;
 
-use common::{DISKS, LONG, MIB, VM, World};
+use common::{DISKS, LONG, MIB, VM, World, far_site};
 use rig::{Line, Site, state_of_exports, tool, wait_for};
 use serde_json::Value;
 use wire::{Client, Identity};
@@ -34,18 +34,13 @@ struct Seen {
 impl Three {
     fn new(seed: u64, every: &str) -> Self {
         let mut world = World::new(seed);
-        let mut far = Site::init(world.dir.path(), "far").unwrap();
-        let line = Line::to(far.address()).unwrap();
-        let advertise = format!("\nadvertise = \"{}\"\n# What peers are told", line.address());
-        far.configure(&[
-            ("\n# What peers are told", &advertise),
-            ("interval-min-s = 5", "interval-min-s = 1"),
-            ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
-            ("backoff-s = [60, 120, 240, 480, 600, 1800]", "backoff-s = [1]"),
-            ("patience-s = 30", "patience-s = 3"),
-        ])
-        .unwrap();
-        far.serve().unwrap();
+        let (far, line) = far_site(
+            world.dir.path(),
+            &[
+                ("backoff-s = [60, 120, 240, 480, 600, 1800]", "backoff-s = [1]"),
+                ("patience-s = 30", "patience-s = 3"),
+            ],
+        );
         world.write(1, PAUSE);
         world.protect(every, &["--points", "24"]);
         world.replicating();

@@ -214,6 +214,21 @@ pub fn sites(dir: &Path, head_dir: Option<&Path>) -> (Site, Site, Line) {
     (head, branch, line)
 }
 
+/// A third site `far` in `dir`, behind a line of its own that its invites name; with these changes of its config.
+pub fn far_site(dir: &Path, changes: &[(&str, &str)]) -> (Site, Line) {
+    let mut far = Site::init(dir, "far").unwrap();
+    let line = Line::to(far.address()).unwrap();
+    let advertise = format!("\nadvertise = \"{}\"\n# What peers are told", line.address());
+    let usual = [
+        ("\n# What peers are told", advertise.as_str()),
+        ("interval-min-s = 5", "interval-min-s = 1"),
+        ("free-reserve-mib = 1024", "free-reserve-mib = 4"),
+    ];
+    far.configure(&[&usual, changes].concat()).unwrap();
+    far.serve().unwrap();
+    (far, line)
+}
+
 /// What QEMU has that it was not started with: jobs, exports, nodes, bitmaps. Asked over a QMP socket that
 /// nobody else has just now.
 pub fn in_qemu(socket: &Path, disks: &[&str]) -> Vec<String> {
